@@ -67,7 +67,7 @@ def open_checkpoint(tree: FileTree) -> Iterator[Checkpoint]:
     if MANIFEST in tree.files():
         raise IsADelta(
             f"{tree.pin} is a delta, a model is expected here",
-            next_step="Apply the delta to a base first: hubdiff apply DELTA --to BASE --output DIR.",
+            next_step="Apply it to a base first: hubdiff apply DELTA --to BASE --output DIR.",
         )
     files, weight_map = _weight_files(tree)
     checkpoint = Checkpoint(tree, {}, {}, read_json(tree, "config.json"), None)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -164,6 +165,19 @@ def _to_odd(nearest: Tensor, error: Tensor) -> Tensor:
     overshot = torch.signbit(nearest) != torch.signbit(error)
     odd = (pattern - overshot.to(pattern.dtype)) | 1
     return torch.where(error != 0, odd, pattern).view(nearest.dtype)
+
+
+def from_bits(patterns: np.ndarray, dtype: str) -> Tensor:
+    """Floats of the safetensors dtype ``dtype`` out of unsigned bit patterns; shares memory."""
+    signed = patterns.view(f"<i{patterns.itemsize}")
+    return torch.from_numpy(signed).view(DTYPES[dtype])
+
+
+def to_bits(values: Tensor) -> np.ndarray:
+    """Unsigned bit patterns of floats or integers; shares memory."""
+    signed = values if not values.is_floating_point() else bits(values)
+    array: np.ndarray = signed.contiguous().numpy()
+    return array.view(f"<u{array.itemsize}")
 
 
 def bits(values: Tensor) -> Tensor:

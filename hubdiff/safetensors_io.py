@@ -157,9 +157,7 @@ def _parse_entry(name: str, value: Any, data_start: int, where: str) -> TensorEn
         raise _bad(where, f"tensor {name!r} has the shape {shape!r}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _bad(where, f"tensor {name!r} has the data_offsets {offsets!r}")
-    entry = TensorEntry(
-        name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1]
-    )
+    entry = TensorEntry(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
     try:
         expected = tensor_bytes(dtype, entry.shape)
     except ValueError as error:
@@ -187,7 +185,8 @@ def _check_coverage(entries: list[TensorEntry], start: int, file_size: int, wher
         position = entry.end
     if position > file_size:
         raise _bad(
-            where, f"the header describes {position:,} bytes, the file has {file_size:,} (truncated)"
+            where,
+            f"the header describes {position:,} bytes, the file has {file_size:,} (truncated)",
         )
     if position < file_size:
         raise _bad(where, f"{file_size - position:,} bytes after the last tensor are unused")

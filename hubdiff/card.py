@@ -1,0 +1,319 @@
+"""Model cards: README.md of a delta repo and of a result, rendered from templates/.
+
+Everything a card says was measured or is in the manifest; nothing is left to be filled in. Names
+and reasons in a manifest were written by others: they go through ``markdown.py`` on their way in.
+Jinja2 and huggingface_hub are imported late.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hubdiff import markdown
+from hubdiff._version import __version__
+from hubdiff.lineage import Side, licence_note, strictest
+from hubdiff.summary import Summary, summarise
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+PICTURE = "layers.png"
+_FILES_SHOWN = 5
+
+
+def template(name: str) -> str:
+    """The text of a template: from inside an installed package, or from beside a source checkout's
+    package folder."""
+    package = Path(__file__).parent
+    for folder in (package / "templates", package.parent / "templates"):
+        if (folder / name).is_file():
+            return (folder / name).read_text(encoding="utf-8")
+    raise FileNotFoundError(f"hubdiff was installed without its template {name}: reinstall it")
+
+
+def delta_card(
+    manifest: Mapping[str, Any],
+    *,
+    repo: str | None,
+    name: str | None = None,
+    tuned_card: Mapping[str, Any] | None = None,
+    base_card: Mapping[str, Any] | None = None,
+    measurements: Mapping[str, str] | None = None,
+    picture: str | None = PICTURE,
+) -> ModelCard:
+    """The card of a delta.
+
+    ``repo`` is where it is published; None for a folder, which ``name`` then calls. The two cards
+    are the metadata of the tuned model's and the base's own README (licence name, task, language).
+    ``measurements`` are more rows for the table of numbers, as label → value. ``picture`` is the
+    path of the per-layer picture in the repo, or None when there is none.
+    """
+    base, tuned = _side(manifest, "base"), _side(manifest, "tuned")
+    master = _side(manifest, "master") if manifest.get("master") else None
+    parents = [
+        _Parent("base", base, base_card or {}),
+        _Parent("tuned model", tuned, tuned_card or {}),
+        _Parent("master of the tuned model", master or {}),
+    ]
+    title = repo or name or "delta"
+    metadata = {
+        **_licence(parents),
+        **_task(tuned_card),
+        "library_name": "hubdiff",
+        "tags": ["hubdiff", "diff-vector"],
+        **_parents([base], "adapter"),
+    }
+    return _render(
+        "delta_card.md",
+        metadata,
+        title=title,
+        published=repo is not None,
+        base=base,
+        tuned=tuned,
+        master=master,
+        portable=manifest.get("portable") is not False,
+        not_portable_reason=manifest.get("not_portable_reason"),
+        shell=_shell(_here(repo, name), _ref(base)),
+        python=f"import hubdiff\n\nmodel = hubdiff.load({_here(repo, name)!r}, {_ref(base)!r})",
+        numbers=[*_numbers(summarise(manifest)), *(measurements or {}).items()],
+        picture=picture,
+        not_carried=_by_reason(tuned.get("not_carried") or ()),
+        licences=licence_note(_sides(parents)),
+        provenance=manifest.get("provenance"),
+    )
+
+
+def result_card(
+    record: Mapping[str, Any],
+    *,
+    repo: str | None,
+    name: str | None = None,
+    tuned_card: Mapping[str, Any] | None = None,
+    target_card: Mapping[str, Any] | None = None,
+) -> ModelCard:
+    """The card of a result: a target with a delta added.
+
+    ``record`` is ``hubdiff-result.json``. Read here, each of them optional: ``delta``, ``target``,
+    ``base``, ``tuned`` (with repo, commit, name; licence and gated for the last three), ``scale``,
+    ``command`` (a list of arguments), ``side_files`` (path, source, note), ``left_out`` (path,
+    reason), ``notes`` (lines about merged configs), ``added`` and ``kept`` (tensor names).
+    """
+    delta, target = _side(record, "delta"), _side(record, "target")
+    base, tuned = _side(record, "base"), _side(record, "tuned")
+    parents = [
+        _Parent("target", target, target_card or {}),
+        _Parent("tuned model", tuned, tuned_card or {}),
+        _Parent("base of the delta", base),
+    ]
+    command = record.get("command")
+    metadata = {
+        **_licence(parents),
+        **_task(tuned_card),
+        "library_name": _library(tuned_card),
+        "tags": ["hubdiff", "merge"],
+        **_parents([target, delta], "merge"),
+    }
+    return _render(
+        "result_card.md",
+        metadata,
+        title=repo or name or "result",
+        delta=delta,
+        target=target,
+        base=base if record.get("base") else None,
+        tuned=tuned if record.get("tuned") else None,
+        scale=record.get("scale", 1.0),
+        command=command if isinstance(command, str | None) else shlex.join(map(str, command)),
+        side_files=record.get("side_files") or (),
+        left_out=_by_reason(record.get("left_out") or ()),
+        notes=record.get("notes") or (),
+        added=record.get("added") or (),
+        kept=record.get("kept") or (),
+        licences=licence_note(_sides(parents)),
+    )
+
+
+def _render(name: str, metadata: Mapping[str, Any], **values: Any) -> ModelCard:
+    import jinja2
+    from huggingface_hub import ModelCard, ModelCardData
+
+    # Markdown, not HTML: escaping is markdown.py's, called by name in the templates.
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    )
+    body = environment.from_string(template(name)).render(
+        **values,
+        text=markdown.text,
+        code=markdown.code,
+        block=markdown.block,
+        source=_source,
+        size=size_text,
+        version=__version__,
+    )
+    data = ModelCardData(**metadata)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n")
+
+
+# --- what a card is made of ---------------------------------------------------------------------
+
+
+def _side(holder: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return dict(holder.get(name) or {})
+
+
+def _source(side: Mapping[str, Any]) -> str:
+    """A model as Markdown: a link to its pinned commit, or the name of a folder."""
+    if side.get("repo"):
+        return markdown.repo_link(str(side["repo"]), side.get("commit"))
+    return f"{markdown.code(side.get('name') or 'unnamed')} (a local folder)"
+
+
+def _here(repo: str | None, name: str | None) -> str:
+    return repo or f"./{name or 'delta'}"
+
+
+def _ref(side: Mapping[str, Any]) -> str:
+    """What a user writes to mean exactly this model."""
+    if not side.get("repo"):
+        return f"./{side.get('name') or 'base'}"
+    return f"{side['repo']}@{side['commit']}" if side.get("commit") else str(side["repo"])
+
+
+def _shell(delta: str, base: str) -> str:
+    delta, base = (shlex.quote(markdown.one_line(ref)) for ref in (delta, base))
+    return f"pip install hubdiff\nhubdiff apply {delta} --to {base} --output ./restored"
+
+
+@dataclass(frozen=True)
+class _Parent:
+    """A model that a delta or a result inherits from: how a sentence calls it, its entry in the
+    manifest, the metadata of its card."""
+
+    name: str
+    model: Mapping[str, Any]
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _sides(parents: Sequence[_Parent]) -> list[Side]:
+    """Who hands down a licence. A folder that states none is its owner's own work: what binds it
+    comes from the others."""
+    return [
+        Side(parent.name, parent.model.get("licence") or None, bool(parent.model.get("gated")))
+        for parent in parents
+        if parent.model.get("repo") or parent.model.get("licence")
+    ]
+
+
+def _licence(parents: Sequence[_Parent]) -> dict[str, Any]:
+    """The strictest licence, with its name and link when it is one the Hub has no id for."""
+    strict = strictest(side.licence for side in _sides(parents))
+    said: dict[str, Any] = {"license": markdown.one_line(strict)}
+    named = [
+        parent
+        for parent in parents
+        if parent.model.get("licence") == strict == "other"
+        and isinstance(parent.card.get("license_name"), str)
+    ]
+    if named:
+        said["license_name"] = markdown.one_line(named[0].card["license_name"])
+        link = _absolute(named[0].card.get("license_link"), named[0].model)
+        if link is not None:
+            said["license_link"] = link
+    return said
+
+
+def _absolute(link: object, model: Mapping[str, Any]) -> str | None:
+    """A licence link seen from another repo: a file name becomes the file at the pinned commit."""
+    if not isinstance(link, str) or re.search(r"\s", link):
+        return None
+    if link.startswith(("https://", "http://")):
+        return link
+    if ":" in link or not markdown.is_repo_id(model.get("repo")):
+        return None
+    return f"https://huggingface.co/{model['repo']}/blob/{model.get('commit') or 'main'}/{link}"
+
+
+def _task(card: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Task and language, taken over from the tuned model's card where they are well-formed."""
+    said: dict[str, Any] = {}
+    task, language = (card or {}).get("pipeline_tag"), (card or {}).get("language")
+    if isinstance(task, str) and re.fullmatch(r"[a-z0-9-]+", task):
+        said["pipeline_tag"] = task
+    languages = [language] if isinstance(language, str) else language
+    if isinstance(languages, list) and languages:
+        known = [x for x in languages if isinstance(x, str) and re.fullmatch(r"[A-Za-z-]+", x)]
+        if len(known) == len(languages):
+            said["language"] = known
+    return said
+
+
+def _library(card: Mapping[str, Any] | None) -> str:
+    name = (card or {}).get("library_name")
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) else "transformers"
+
+
+def _parents(models: Sequence[Mapping[str, Any]], relation: str) -> dict[str, Any]:
+    """Lineage as the Hub reads it. A folder has no id there."""
+    repos = [model["repo"] for model in models if markdown.is_repo_id(model.get("repo"))]
+    return {"base_model": repos, "base_model_relation": relation} if repos else {}
+
+
+def _numbers(summary: Summary) -> list[tuple[str, str]]:
+    """The table of measured numbers, as label and value."""
+    rows = [("Delta", size_text(summary.delta_bytes))]
+    if summary.size_share is not None:
+        rows.append(("Tuned weights", size_text(summary.tuned_bytes)))
+        rows.append(("Delta / tuned weights", percent(summary.size_share)))
+    exact = size_text(summary.exact_bytes) if summary.exact_bytes else "none needed"
+    rows.append(("Exact layer (own base only)", exact))
+    if summary.encodings:
+        used = ", ".join(f"{name} ({size_text(size)})" for name, size in summary.encodings.items())
+        rows.append(("Encodings", used))
+    rows.append(
+        (
+            "Tensors",
+            f"{summary.changed} changed, {summary.unchanged} unchanged, {summary.added} added, "
+            f"{summary.removed} removed",
+        )
+    )
+    if summary.unchanged_share is not None:
+        rows.append(("Elements left as they were", percent(summary.unchanged_share)))
+    if summary.relative_norm is not None:
+        rows.append(("‖Δ‖ / ‖base‖", percent(summary.relative_norm)))
+    return rows
+
+
+def _by_reason(files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Files left behind, one row per reason: the first few names, how many more, their size."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for file in files:
+        groups.setdefault(str(file.get("reason")), []).append(file)
+    return [
+        {
+            "reason": reason,
+            "paths": [str(file.get("path")) for file in members[:_FILES_SHOWN]],
+            "more": max(0, len(members) - _FILES_SHOWN),
+            "size": sum(file.get("size") or 0 for file in members),
+        }
+        for reason, members in groups.items()
+    ]
+
+
+def size_text(size: float) -> str:
+    """Bytes for people, in powers of 1000 as the Hub shows them: ``1.7 GB``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage, three digits; never rounded to the ``0 %`` or ``100 %`` it isn't."""
+    if 0.9995 < share < 1:
+        return f"{100 * share:.4f} %" if share < 0.999999 else "over 99.9999 %"
+    return f"{100 * share:.3g} %"

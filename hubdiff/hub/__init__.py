@@ -1,0 +1,15 @@
+"""The Hub: the only part of hubdiff that talks to the network.
+
+``HubTree`` pins a ref, lists its files and reads byte ranges of them; ``HubUpload`` collects files
+and makes one commit of them. Every error of ``huggingface_hub`` and of the HTTP client under it is
+translated here: callers see ``HubError`` and its kin, never a foreign type. Endpoint and token are
+looked up at each use, so ``HF_ENDPOINT`` and ``HF_TOKEN`` may be set at any time.
+"""
+
+from __future__ import annotations
+
+from hubdiff.hub.client import endpoint, repo_exists, repo_facts
+from hubdiff.hub.tree import HubTree
+from hubdiff.hub.upload import Commit, HubUpload
+
+__all__ = ["Commit", "HubTree", "HubUpload", "endpoint", "repo_exists", "repo_facts"]

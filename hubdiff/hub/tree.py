@@ -1,0 +1,102 @@
+"""A repo on the Hub as a tree of files, at one commit."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import AbstractContextManager, closing
+from functools import cached_property
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.hf_api import RepoFile
+
+from hubdiff.errors import HubError, RemoteFileNotFound
+from hubdiff.files import ByteReader, FileInfo, LocalReader, read_whole, safe_path
+from hubdiff.hub.client import api, endpoint, model_info, quiet, subject
+from hubdiff.hub.ranges import RemoteFile, RemoteReader
+from hubdiff.hub.translate import translated
+from hubdiff.refs import ModelRef, PinnedRef
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def pin(ref: ModelRef) -> PinnedRef:
+    """The commit a ref stands for now. A ref that is a commit already costs no request."""
+    assert ref.repo is not None
+    commit = ref.revision or ""
+    if not _COMMIT.fullmatch(commit):
+        commit = model_info(ref.repo, ref.revision).sha or ""
+    if not _COMMIT.fullmatch(commit):
+        raise HubError(
+            f"{ref} has no commit", next_step="Upload something to it first, or check the name."
+        )
+    return PinnedRef(repo=ref.repo, commit=commit, path=None, ref=ref)
+
+
+def list_files(at: PinnedRef) -> dict[str, RepoFile]:
+    """Every file at a commit by path, as the Hub describes it."""
+    assert at.repo is not None
+    with translated(subject(at.repo, at.commit)):
+        entries = list(api().list_repo_tree(at.repo, recursive=True, revision=at.commit))
+    return {safe_path(entry.path): entry for entry in entries if isinstance(entry, RepoFile)}
+
+
+class HubTree:
+    """The files of one commit. A file that the local Hub cache holds is read from there; of any
+    other file only the ranges asked for are fetched, unless ``cache`` says to download it whole
+    into that cache first."""
+
+    def __init__(self, ref: ModelRef, *, cache: bool = False) -> None:
+        self.pin = pin(ref)
+        self._download_whole = cache
+        self._remote: dict[str, RemoteFile] = {}
+
+    def files(self) -> dict[str, FileInfo]:
+        return self._files
+
+    @cached_property
+    def _files(self) -> dict[str, FileInfo]:
+        return {
+            path: FileInfo(path, entry.size, entry.lfs.sha256 if entry.lfs else None)
+            for path, entry in list_files(self.pin).items()
+        }
+
+    def open(self, path: str) -> AbstractContextManager[ByteReader]:
+        info = self._info(path)
+        local = self._cached(info)
+        if local is None and self._download_whole:
+            local = self._download(path)
+        if local is not None:
+            return closing(LocalReader(local))
+        file = self._remote.setdefault(path, RemoteFile(self.pin, info, endpoint()))
+        return closing(RemoteReader(file))
+
+    def read_bytes(self, path: str) -> bytes:
+        with self.open(path) as reader:
+            return read_whole(reader, path)
+
+    def is_remote(self, path: str) -> bool:
+        return self._cached(self._info(path)) is None
+
+    def _info(self, path: str) -> FileInfo:
+        info = self._files.get(path)
+        if info is None:
+            raise RemoteFileNotFound(
+                f"there is no {path} in {self.pin}",
+                next_step=f"Look at {endpoint()}/{self.pin.repo}/tree/{self.pin.commit}.",
+            )
+        return info
+
+    def _cached(self, info: FileInfo) -> Path | None:
+        """The file in the local Hub cache; one of another size was cut short and does not count."""
+        assert self.pin.repo is not None
+        found = try_to_load_from_cache(self.pin.repo, info.path, revision=self.pin.commit)
+        if isinstance(found, str) and os.path.getsize(found) == info.size:
+            return Path(found)
+        return None
+
+    def _download(self, path: str) -> Path:
+        assert self.pin.repo is not None
+        with translated(subject(self.pin.repo, self.pin.commit, path)), quiet():
+            return Path(api().hf_hub_download(self.pin.repo, path, revision=self.pin.commit))

@@ -1,0 +1,180 @@
+"""One commit on one repo, collected file by file.
+
+Large files are stored on the Hub as they are added, so that the caller may delete its copy at once;
+they belong to no commit until ``commit`` makes one of everything, or a pull request. If it is never
+called, the repo stays as it was. The commit names the parent that was read at the start: when
+someone else commits meanwhile, it is refused rather than mixed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub.hf_api import RepoFile
+
+from hubdiff.errors import HubConflict, RemoteFileNotFound, RepoNotFound
+from hubdiff.files import FileInfo, safe_path
+from hubdiff.hub.client import api, model_info, quiet, subject
+from hubdiff.hub.retry import retrying
+from hubdiff.hub.translate import translated
+from hubdiff.hub.tree import list_files
+from hubdiff.refs import ModelRef, PinnedRef
+
+# The Hub keeps no file over 10 MB inside the commit itself, so any file it may ask for again at
+# commit time is small enough to keep in memory.
+IN_MEMORY = 16 << 20
+
+# Sent in place of the repo's .gitignore: with it the Hub would drop files without a word.
+_IGNORE_NOTHING = "# nothing is ignored\n"
+
+_Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What a commit became: its page, its id, and the pull request's page if it is one."""
+
+    url: str
+    oid: str
+    pr_url: str | None
+
+
+class HubUpload:
+    """One commit in the making. The repo is created if it does not exist. Not for several threads
+    at once."""
+
+    def __init__(
+        self,
+        repo: str,
+        *,
+        revision: str | None = None,
+        private: bool = False,
+        create_pr: bool = False,
+    ) -> None:
+        self.repo = repo
+        self._revision = revision
+        self._create_pr = create_pr
+        self._parent = self._open_repo(private)
+        self._subject = subject(repo, revision)
+        self._operations: list[_Operation] = []
+        self._small: list[CommitOperationAdd] = []
+        self._sources: dict[PinnedRef, dict[str, RepoFile]] = {}
+
+    def existing_files(self) -> dict[str, FileInfo]:
+        """What the repo holds at the parent commit."""
+        return {
+            path: FileInfo(path, entry.size, entry.lfs.sha256 if entry.lfs else None)
+            for path, entry in self._listing(self._parent).items()
+        }
+
+    def add(self, path: str, local: Path) -> None:
+        """Add a file from disk; when this returns, ``local`` is no longer needed."""
+        if local.stat().st_size <= IN_MEMORY:
+            self.add_bytes(path, local.read_bytes())
+            return
+        operation = CommitOperationAdd(safe_path(path), local)
+        self._store([operation])
+        self._operations.append(operation)
+
+    def add_bytes(self, path: str, data: bytes) -> None:
+        operation = CommitOperationAdd(safe_path(path), data)
+        self._small.append(operation)
+        self._operations.append(operation)
+        if sum(op.upload_info.size for op in self._small) > IN_MEMORY:
+            self._store_small()
+
+    def copy(self, path: str, source: PinnedRef, source_path: str) -> None:
+        """Add a file that another repo holds. Large files are copied by the Hub itself; one that
+        its storage can't copy goes through this machine's disk."""
+        assert source.repo is not None
+        entry = self._listing(source).get(source_path)
+        if entry is None:
+            raise RemoteFileNotFound(
+                f"there is no {source_path} in {source}, which was to be copied",
+                next_step="Check the name.",
+            )
+        same_repo = source.repo == self.repo
+        if entry.lfs is not None and (same_repo or entry.xet_hash):
+            self._operations.append(
+                CommitOperationCopy(
+                    src_path_in_repo=source_path,
+                    path_in_repo=safe_path(path),
+                    src_revision=source.commit,
+                    src_repo_id=None if same_repo else source.repo,
+                    src_repo_type=None if same_repo else "model",
+                )
+            )
+        else:
+            self._carry(path, source, source_path)
+
+    def delete(self, path: str) -> None:
+        self._operations.append(CommitOperationDelete(safe_path(path), is_folder=False))
+
+    def commit(self, message: str, description: str = "") -> Commit:
+        """Make the commit, or the pull request. A repo that holds all of it already stays as it is
+        and its latest commit is returned. Raises ``HubConflict`` when someone else committed since
+        this upload began."""
+        self._store_small()
+        with translated(self._subject), quiet():
+            done = api().create_commit(
+                self.repo,
+                self._operations,
+                commit_message=message,
+                commit_description=description,
+                revision=self._revision,
+                parent_commit=self._parent.commit,
+                create_pr=self._create_pr,
+            )
+        return Commit(url=str(done.commit_url), oid=done.oid, pr_url=done.pr_url)
+
+    def _open_repo(self, private: bool) -> PinnedRef:
+        """The commit to build on, in a repo that exists from here on."""
+        try:
+            info = model_info(self.repo, self._revision)
+        except RepoNotFound:
+            with translated(subject(self.repo)):
+                retrying(
+                    lambda: api().create_repo(self.repo, private=private or None, exist_ok=True)
+                )
+            info = model_info(self.repo, self._revision)
+        if private and not info.private:
+            raise HubConflict(
+                f"{self.repo} exists and is public, and --private asks for a private repo",
+                next_step="Make it private in its settings, choose another name, or drop "
+                "--private.",
+            )
+        ref = ModelRef(repo=self.repo, revision=self._revision, path=None)
+        return PinnedRef(repo=self.repo, commit=info.sha, path=None, ref=ref)
+
+    def _listing(self, source: PinnedRef) -> dict[str, RepoFile]:
+        if source not in self._sources:
+            self._sources[source] = list_files(source)
+        return self._sources[source]
+
+    def _carry(self, path: str, source: PinnedRef, source_path: str) -> None:
+        assert source.repo is not None
+        with tempfile.TemporaryDirectory(prefix="hubdiff-") as folder:
+            with translated(subject(source.repo, source.commit, source_path)), quiet():
+                local = api().hf_hub_download(
+                    source.repo, source_path, revision=source.commit, local_dir=folder
+                )
+            self.add(path, Path(local))
+
+    def _store_small(self) -> None:
+        if self._small:
+            self._store(self._small)
+            self._small = []
+
+    def _store(self, additions: list[CommitOperationAdd]) -> None:
+        """Send what the Hub stores apart from commits; the rest stays in memory until commit."""
+        with translated(self._subject), quiet():
+            api().preupload_lfs_files(
+                self.repo,
+                additions,
+                revision=self._revision,
+                create_pr=self._create_pr,
+                gitignore_content=_IGNORE_NOTHING,
+            )

@@ -1,0 +1,177 @@
+"""Writing the layer files of a delta: ``delta-*``, ``tail-*`` and ``exact-*.safetensors``.
+
+Payloads arrive segment by segment and their sizes are not known before the last one, while a
+safetensors header stands first. So the bodies are spooled to a file and each shard is then written
+once, header first, hashed on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from hubdiff.encodings import SEGMENT
+from hubdiff.encodings.payload import index_bytes, write_index
+from hubdiff.hashing import tensor_hash
+from hubdiff.manifest import FileRecord, Part
+from hubdiff.safetensors_io import build_header
+from hubdiff.stream import unit_bytes
+
+# What the Hub and its clients handle well in one file.
+SHARD_BYTES = 4 << 30
+_COPY = 4 << 20
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor in the spool."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+class LayerWriter:
+    """The files of one group. ``tensor()`` opens the payload of one tensor at a time; ``finish``
+    writes the shards."""
+
+    def __init__(self, folder: Path, group: str) -> None:
+        self._folder, self._group = folder, group
+        self._spool = (folder / f".{group}.spool").open("w+b")
+        self._stored: list[_Stored] = []
+        self._end = 0
+
+    def __enter__(self) -> LayerWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._spool.close()
+        Path(self._spool.name).unlink(missing_ok=True)
+
+    def payload(self, name: str, count: int, part: Part) -> PayloadWriter:
+        return PayloadWriter(self, name, count, part)
+
+    def dense(self, name: str, shape: tuple[int, ...], part: Part) -> DenseWriter:
+        return DenseWriter(self, name, shape, part)
+
+    def append(self, data: bytes | memoryview) -> int:
+        """Write at the end; the position it went to."""
+        position = self._end
+        os.pwrite(self._spool.fileno(), data, position)
+        self._end += len(data)
+        return position
+
+    def write_at(self, position: int, data: bytes) -> None:
+        os.pwrite(self._spool.fileno(), data, position)
+
+    def store(self, name: str, dtype: str, shape: tuple[int, ...], begin: int) -> str:
+        """The bytes from ``begin`` to the end are this tensor; their blake3."""
+        self._stored.append(_Stored(name, dtype, shape, begin, self._end - begin))
+        digest = tensor_hash()
+        for piece in self._pieces(begin, self._end):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def finish(self) -> tuple[tuple[FileRecord, ...], dict[str, str]]:
+        """Write the shards. Returns their records and which tensor lies in which."""
+        shards = list(self._cut())
+        records, weight_map = [], {}
+        for number, shard in enumerate(shards, 1):
+            name = f"{self._group}-{number:05d}-of-{len(shards):05d}.safetensors"
+            records.append(self._write(name, shard))
+            weight_map.update({stored.name: name for stored in shard})
+        return tuple(records), weight_map
+
+    def _cut(self) -> Iterator[list[_Stored]]:
+        shard: list[_Stored] = []
+        for stored in self._stored:
+            if shard and stored.begin + stored.nbytes - shard[0].begin > SHARD_BYTES:
+                yield shard
+                shard = []
+            shard.append(stored)
+        if shard:
+            yield shard
+
+    def _write(self, name: str, shard: list[_Stored]) -> FileRecord:
+        header = build_header(
+            ((s.name, s.dtype, s.shape, s.nbytes) for s in shard),
+            {"format": "hubdiff", "layer": self._group},
+        )
+        digest, size = hashlib.sha256(header), len(header)
+        with (self._folder / name).open("wb") as file:
+            file.write(header)
+            for piece in self._pieces(shard[0].begin, shard[-1].begin + shard[-1].nbytes):
+                digest.update(piece)
+                size += file.write(piece)
+        return FileRecord(name, size, digest.hexdigest())
+
+    def _pieces(self, begin: int, end: int) -> Iterator[bytes]:
+        for position in range(begin, end, _COPY):
+            yield os.pread(self._spool.fileno(), min(_COPY, end - position), position)
+
+
+class PayloadWriter:
+    """Index and blobs of one tensor. A blob of no bytes says that nothing changes in its
+    segment."""
+
+    def __init__(self, layer: LayerWriter, name: str, count: int, part: Part) -> None:
+        self._layer, self._name, self._count, self._part = layer, name, count, part
+        layers = len(part.layers)
+        self._sizes = [0] * (-(-count // SEGMENT) * layers)
+        self._begin = layer.append(bytes(index_bytes(count, layers)))
+
+    def write(self, segment: int, blobs: tuple[bytes, ...]) -> None:
+        for number, blob in enumerate(blobs):
+            self._sizes[segment * len(blobs) + number] = len(blob)
+            self._layer.append(blob)
+
+    def finish(self) -> Part:
+        index = write_index(self._sizes)
+        self._layer.write_at(self._begin, index)
+        nbytes = len(index) + sum(self._sizes)
+        digest = self._layer.store(self._name, "U8", (nbytes,), self._begin)
+        return replace(self._part, bytes=nbytes, blake3=digest)
+
+
+class DenseWriter:
+    """A dense tensor any tool reads. Segments that are not written hold "no change"."""
+
+    def __init__(self, layer: LayerWriter, name: str, shape: tuple[int, ...], part: Part) -> None:
+        self._layer, self._name, self._shape, self._part = layer, name, shape, part
+        self._begin = layer.append(b"")
+        self._count = int(np.prod(shape, dtype=np.int64))
+        self._done = 0
+
+    def write(self, segment: int, blobs: tuple[bytes, ...]) -> None:
+        self._fill(segment * SEGMENT)
+        (blob,) = blobs
+        self._layer.append(blob)
+        self._done += len(blob) // unit_bytes(self._part.dtype)
+
+    def finish(self) -> Part:
+        self._fill(self._count)
+        size = unit_bytes(self._part.dtype)
+        digest = self._layer.store(self._name, self._part.dtype, self._shape, self._begin)
+        return replace(self._part, bytes=self._count * size, blake3=digest)
+
+    def _fill(self, until: int) -> None:
+        unchanged = (1 << (8 * unit_bytes(self._part.dtype) - 1)).to_bytes(
+            unit_bytes(self._part.dtype), "little"
+        )
+        while self._done < until:
+            count = min(SEGMENT, until - self._done)
+            self._layer.append(unchanged * count)
+            self._done += count

@@ -1,0 +1,487 @@
+"""The manifest, ``hubdiff.json``: what a delta is made of, as typed values ⇄ JSON.
+
+Parsing checks every field before anything else trusts it: types, hashes, paths, dtypes, shapes, and
+that the parts fit together. Unknown fields are ignored, so that a minor addition stays readable; a
+higher ``format_version`` is refused. FORMAT.md specifies the fields.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+import zstandard
+
+from hubdiff.errors import BadManifest, NewerFormat, UnsafePath
+from hubdiff.files import safe_path
+from hubdiff.names import Rename
+from hubdiff.safetensors_io import DTYPE_BITS, MAX_HEADER_BYTES, tensor_bytes
+
+FORMAT_VERSION = 1
+GROUPS = ("delta", "tail", "exact")
+# What each kind of part holds, layer by layer.
+LAYERS = (("hi", "lo"), ("hi",), ("lo",), ("raw",), ("ulp",))
+_HEX = re.compile(r"[0-9a-f]{64}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file by content."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TunedFile(FileRecord):
+    """A file of the tuned repo and where its bytes come from: ``weights`` (rebuilt tensor by
+    tensor under ``header``), ``delta`` (stored in the delta repo) or ``base`` (equal to the base's
+    file of that path)."""
+
+    source: str
+    header: bytes | None = None
+
+
+@dataclass(frozen=True)
+class NotCarried:
+    path: str
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model a delta was made from. ``repo`` and ``commit`` are None for a local folder, whose
+    files' hashes pin it; ``name`` is what people call it."""
+
+    name: str
+    repo: str | None
+    revision: str | None
+    commit: str | None
+    licence: str | None
+    gated: bool
+    files: tuple[FileRecord, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Encoded bytes of one tensor in one group of files. ``layers`` are ``("hi", "lo")``,
+    ``("hi",)``, ``("lo",)``, ``("raw",)`` or ``("ulp",)``; ``dtype`` is that of the decoded
+    values."""
+
+    group: str
+    layers: tuple[str, ...]
+    encoding: str
+    dtype: str
+    bytes: int
+    blake3: str
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor of the tuned model. ``name`` is the base's name where the base has it. No parts:
+    unchanged. ``base_dtype`` None: added by the tune. ``probe`` is the blake3 of the base tensor's
+    first bytes, for recognising the base cheaply."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    base_dtype: str | None
+    tuned: str
+    base: str | None
+    probe: str | None
+    parts: tuple[Part, ...]
+    changed: int
+    delta_norm: float
+    base_norm: float
+    tuned_name: str
+
+    @property
+    def added(self) -> bool:
+        return self.base_dtype is None
+
+    @property
+    def unchanged(self) -> bool:
+        return not self.parts
+
+    @property
+    def portable(self) -> bool:
+        """Whether it carries anything that can be put on another base."""
+        return any(part.group != "exact" for part in self.parts)
+
+    def part(self, group: str) -> Part | None:
+        return next((part for part in self.parts if part.group == group), None)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    hubdiff_version: str
+    base: Side
+    tuned: Side
+    tuned_files: tuple[TunedFile, ...]
+    not_carried: tuple[NotCarried, ...]
+    tensors: tuple[TensorRecord, ...]
+    removed: tuple[str, ...]
+    layers: dict[str, tuple[FileRecord, ...]]
+    side_files: tuple[FileRecord, ...]
+    rename: Rename | None = None
+    aliases: dict[str, str] = field(default_factory=dict)
+    not_portable_reason: str | None = None
+    filters: dict[str, tuple[str, ...]] | None = None
+    master: Side | None = None
+    provenance: dict[str, Any] | None = None
+    policy: dict[str, str] = field(
+        default_factory=lambda: {"only_in_tuned": "add", "only_in_base": "keep"}
+    )
+
+    @property
+    def partial(self) -> bool:
+        """Made with --include or --exclude: portable, but no own-base rebuild."""
+        return self.filters is not None
+
+    def to_json(self) -> str:
+        document = {
+            "format_version": FORMAT_VERSION,
+            "hubdiff_version": self.hubdiff_version,
+            "base": _side_json(self.base, [asdict(f) for f in self.base.files]),
+            "tuned": {
+                **_side_json(self.tuned, [_tuned_file_json(f) for f in self.tuned_files]),
+                "not_carried": [asdict(f) for f in self.not_carried],
+            },
+            "master": self.master
+            and _side_json(self.master, [asdict(f) for f in self.master.files]),
+            "portable": self.not_portable_reason is None,
+            "not_portable_reason": self.not_portable_reason,
+            "filters": self.filters,
+            "rename": self.rename
+            and {"tuned_prefix": self.rename.left, "base_prefix": self.rename.right},
+            "policy": self.policy,
+            "removed": self.removed,
+            "aliases": self.aliases,
+            "layers": {group: [asdict(f) for f in files] for group, files in self.layers.items()},
+            "side_files": [asdict(f) for f in self.side_files],
+            "provenance": self.provenance,
+            "tensors": [_tensor_json(record) for record in self.tensors],
+        }
+        return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """The manifest in ``text``; ``where`` names the file in errors. Raises ``BadManifest`` or
+    ``NewerFormat``."""
+    try:
+        document = json.loads(text)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise _bad(where, f"is not JSON ({error})") from error
+    root = _Reader(document, where, "")
+    version = root.get("format_version", _positive)
+    if version > FORMAT_VERSION:
+        raise NewerFormat(
+            f"{where} has format version {version}, this hubdiff reads up to {FORMAT_VERSION}",
+            next_step="Upgrade: pip install --upgrade hubdiff.",
+        )
+    return _manifest(root)
+
+
+def _manifest(root: _Reader) -> Manifest:
+    tuned = root.child("tuned")
+    rename = root.optional_child("rename")
+    layers = root.child("layers")
+    filters = root.optional_child("filters")
+    manifest = Manifest(
+        hubdiff_version=root.get("hubdiff_version", _string),
+        base=_side(root.child("base")),
+        tuned=_side(tuned),
+        tuned_files=tuple(_tuned_file(item) for item in tuned.children("files")),
+        not_carried=tuple(
+            NotCarried(i.get("path", _string), i.get("size", _natural), i.get("reason", _string))
+            for i in tuned.children("not_carried")
+        ),
+        tensors=tuple(_tensor(item) for item in root.children("tensors")),
+        removed=tuple(root.get("removed", _strings)),
+        layers={g: tuple(_file(item) for item in layers.children(g)) for g in GROUPS},
+        side_files=tuple(_file(item) for item in root.children("side_files")),
+        rename=Rename(rename.get("tuned_prefix", _string), rename.get("base_prefix", _string))
+        if rename
+        else None,
+        aliases=root.get("aliases", _string_map),
+        not_portable_reason=root.get("not_portable_reason", _optional(_string)),
+        filters={k: tuple(filters.get(k, _strings)) for k in ("include", "exclude")}
+        if filters
+        else None,
+        master=_side(master) if (master := root.optional_child("master")) else None,
+        provenance=root.get("provenance", _optional(_object)),
+        policy=root.get("policy", _string_map),
+    )
+    _check_names(manifest, root)
+    return manifest
+
+
+def _check_names(manifest: Manifest, root: _Reader) -> None:
+    for kind, names in (
+        ("name", [record.name for record in manifest.tensors]),
+        ("tuned_name", [record.tuned_name for record in manifest.tensors]),
+    ):
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise root.bad("tensors", f"two tensors have the {kind} {twice!r}")
+    for path in [f.path for f in manifest.tuned_files if f.source == "weights"]:
+        if "/" in path:
+            raise root.bad("tuned.files", f"the weights file {path!r} is not at the root")
+
+
+# --- one function per record, both directions ---
+
+
+def _side_json(side: Side, files: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "name": side.name,
+        "repo": side.repo,
+        "revision": side.revision,
+        "commit": side.commit,
+        "licence": side.licence,
+        "gated": side.gated,
+        "files": files,
+    }
+
+
+def _side(reader: _Reader) -> Side:
+    return Side(
+        name=reader.get("name", _string),
+        repo=reader.get("repo", _optional(_string)),
+        revision=reader.get("revision", _optional(_string)),
+        commit=reader.get("commit", _optional(_matching(_COMMIT, "a commit of 40 hex digits"))),
+        licence=reader.get("licence", _optional(_string)),
+        gated=reader.get("gated", _boolean),
+        files=tuple(_file(item) for item in reader.children("files")),
+    )
+
+
+def _file(reader: _Reader) -> FileRecord:
+    return FileRecord(
+        reader.get("path", _path), reader.get("size", _natural), reader.get("sha256", _hash)
+    )
+
+
+def _tuned_file_json(file: TunedFile) -> dict[str, Any]:
+    document = asdict(file)
+    document["header"] = (
+        file.header
+        and base64.b64encode(zstandard.ZstdCompressor(level=9).compress(file.header)).decode()
+    )
+    return {key: value for key, value in document.items() if value is not None}
+
+
+def _tuned_file(reader: _Reader) -> TunedFile:
+    source = reader.get("source", _one_of("weights", "delta", "base"))
+    record = _file(reader)
+    header = reader.get("header", _header) if source == "weights" else None
+    return TunedFile(record.path, record.size, record.sha256, source, header)
+
+
+def _tensor_json(record: TensorRecord) -> dict[str, Any]:
+    document = asdict(record)
+    if record.tuned_name == record.name:
+        del document["tuned_name"]
+    return document
+
+
+def _tensor(reader: _Reader) -> TensorRecord:
+    name = reader.get("name", _string)
+    dtype = reader.get("dtype", _one_of(*DTYPE_BITS))
+    shape = tuple(reader.get("shape", _naturals))
+    base_dtype = reader.get("base_dtype", _optional(_one_of(*DTYPE_BITS)))
+    try:
+        tensor_bytes(dtype, shape)
+    except ValueError as error:
+        raise reader.bad("shape", str(error)) from error
+    parts = tuple(_part(item) for item in reader.children("parts"))
+    if len({part.group for part in parts}) != len(parts):
+        raise reader.bad("parts", f"tensor {name!r} has two parts of one group")
+    return TensorRecord(
+        name=name,
+        shape=shape,
+        dtype=dtype,
+        base_dtype=base_dtype,
+        tuned=reader.get("tuned", _hash),
+        base=reader.get("base", _hash if base_dtype else _nothing),
+        probe=reader.get("probe", _hash if base_dtype else _nothing),
+        parts=parts,
+        changed=reader.get("changed", _natural),
+        delta_norm=reader.get("delta_norm", _number),
+        base_norm=reader.get("base_norm", _number),
+        tuned_name=reader.get("tuned_name", _string) if "tuned_name" in reader else name,
+    )
+
+
+def _part(reader: _Reader) -> Part:
+    layers = tuple(reader.get("layers", _strings))
+    if layers not in LAYERS:
+        raise reader.bad(
+            "layers", f"is {list(layers)!r}; known are {[list(known) for known in LAYERS]}"
+        )
+    return Part(
+        group=reader.get("group", _one_of(*GROUPS)),
+        layers=layers,
+        encoding=reader.get("encoding", _string),
+        dtype=reader.get("dtype", _one_of(*DTYPE_BITS)),
+        bytes=reader.get("bytes", _natural),
+        blake3=reader.get("blake3", _hash),
+    )
+
+
+# --- checks of single fields: a function from the raw value to the checked one ---
+
+
+class _Wrong(Exception):
+    """Says what a field should have been."""
+
+
+class _Reader:
+    """A JSON object with a memory of where it stands, for messages that name the field."""
+
+    def __init__(self, document: Any, where: str, trail: str) -> None:
+        self._where, self._trail = where, trail
+        if not isinstance(document, dict):
+            raise self.bad("", "is not an object")
+        self._document = document
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._document
+
+    def bad(self, key: str, what: str) -> BadManifest:
+        name = f"{self._trail}{key}".rstrip(".")
+        return _bad(self._where, f"field {name!r} {what}" if name else what)
+
+    def get(self, key: str, check: Callable[[Any], T]) -> T:
+        if key not in self._document:
+            raise self.bad(key, "is missing")
+        try:
+            return check(self._document[key])
+        except _Wrong as wrong:
+            raise self.bad(key, f"is {_short(self._document[key])}, not {wrong}") from None
+        except UnsafePath as error:
+            raise self.bad(key, f"is no safe path ({error})") from error
+
+    def child(self, key: str) -> _Reader:
+        return _Reader(self.get(key, _object), self._where, f"{self._trail}{key}.")
+
+    def optional_child(self, key: str) -> _Reader | None:
+        return self.child(key) if self.get(key, _optional(_object)) is not None else None
+
+    def children(self, key: str) -> list[_Reader]:
+        items = self.get(key, _list)
+        return [
+            _Reader(item, self._where, f"{self._trail}{key}[{i}].") for i, item in enumerate(items)
+        ]
+
+
+def _typed(kind: type[T], words: str) -> Callable[[Any], T]:
+    def check(value: Any) -> T:
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise _Wrong(words)
+        return value
+
+    return check
+
+
+_string = _typed(str, "a string")
+_boolean = _typed(bool, "true or false")
+_object: Callable[[Any], dict[str, Any]] = _typed(dict, "an object")
+_list: Callable[[Any], list[Any]] = _typed(list, "a list")
+
+
+def _nothing(value: Any) -> None:
+    if value is not None:
+        raise _Wrong("null (the tensor has no base)")
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise _Wrong("a whole number from 0")
+    return value
+
+
+def _positive(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise _Wrong("a whole number from 1")
+    return value
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) or value < 0:
+        raise _Wrong("a number from 0")
+    return float(value)
+
+
+def _naturals(value: Any) -> list[int]:
+    return [_natural(item) for item in _list(value)]
+
+
+def _strings(value: Any) -> list[str]:
+    return [_string(item) for item in _list(value)]
+
+
+def _string_map(value: Any) -> dict[str, str]:
+    return {_string(k): _string(v) for k, v in _object(value).items()}
+
+
+def _path(value: Any) -> str:
+    return safe_path(_string(value))
+
+
+def _matching(pattern: re.Pattern[str], words: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise _Wrong(words)
+        return value
+
+    return check
+
+
+_hash = _matching(_HEX, "a hash of 64 hex digits")
+
+
+def _one_of(*values: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in values:
+            raise _Wrong(f"one of {', '.join(values)}")
+        return str(value)
+
+    return check
+
+
+def _optional(check: Callable[[Any], T]) -> Callable[[Any], T | None]:
+    return lambda value: None if value is None else check(value)
+
+
+def _header(value: Any) -> bytes:
+    """A safetensors header, base64 of a zstd frame; its size is checked before it is unpacked."""
+    try:
+        frame = base64.b64decode(_string(value), validate=True)
+        size = zstandard.frame_content_size(frame)
+        if not 0 <= size <= MAX_HEADER_BYTES + 8:
+            raise _Wrong(f"a header of at most {MAX_HEADER_BYTES:,} bytes")
+        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
+    except (binascii.Error, zstandard.ZstdError) as error:
+        raise _Wrong(f"base64 of a zstd frame ({error})") from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _bad(where: str, what: str) -> BadManifest:
+    return BadManifest(
+        f"{where}: {what}",
+        next_step="The delta is damaged; ask its author to push it again.",
+    )
