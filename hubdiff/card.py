@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hubdiff import markdown
 from hubdiff._version import __version__
 from hubdiff.lineage import Side, licence_note, strictest
-from hubdiff.summary import Summary, summarise
+from hubdiff.summary import Summary, percent, size_text, summarise
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -301,19 +301,3 @@ def _by_reason(files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for reason, members in groups.items()
     ]
-
-
-def size_text(size: float) -> str:
-    """Bytes for people, in powers of 1000 as the Hub shows them: ``1.7 GB``."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def percent(share: float) -> str:
-    """A share as a percentage, three digits; never rounded to the ``0 %`` or ``100 %`` it isn't."""
-    if 0.9995 < share < 1:
-        return f"{100 * share:.4f} %" if share < 0.999999 else "over 99.9999 %"
-    return f"{100 * share:.3g} %"

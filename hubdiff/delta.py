@@ -23,7 +23,7 @@ from hubdiff.errors import BadManifest, CorruptPayload, NotADelta
 from hubdiff.files import FileTree
 from hubdiff.manifest import Manifest, Part, TensorRecord, parse_manifest
 from hubdiff.safetensors_io import read_header, tensor_bytes
-from hubdiff.stream import Range, unit_bytes, unit_dtype
+from hubdiff.stream import Range, Span, unit_bytes, unit_dtype
 
 if TYPE_CHECKING:
     from hubdiff.numerics import Difference
@@ -48,6 +48,42 @@ class PlacedPart:
         size = 0 if self.dense else index_bytes(self.count, len(self.part.layers))
         return Range(self.placed.file, begin, begin + size)
 
+    def parse_index(self, raw: memoryview) -> _Index:
+        layers = len(self.part.layers)
+        return _Index(bytes(raw), parse_index(raw, self.count, layers, self.part.bytes))
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The head of a payload: its bytes, and where each blob lies relative to the payload."""
+
+    raw: bytes
+    blobs: list[BlobRange]
+
+
+@dataclass(frozen=True)
+class SpanPayload:
+    """The bytes of a part that one span needs. ``index`` is None when they include it, or when
+    there is none (dense)."""
+
+    part: PlacedPart
+    range: Range
+    index: _Index | None
+
+    def blobs(self, view: memoryview, span: Span) -> Iterator[list[memoryview]]:
+        """The blobs of each segment of ``span``, layer by layer, out of the bytes at ``range``."""
+        part = self.part
+        if part.dense:
+            size = unit_bytes(part.part.dtype)
+            for _, where in span.segments():
+                yield [view[where.start * size : where.stop * size]]
+            return
+        index = self.index or part.parse_index(view[: part.index_range.nbytes])
+        layers, origin = len(part.part.layers), self.range.begin - part.placed.entry.begin
+        for segment, _ in span.segments():
+            here = index.blobs[segment * layers : (segment + 1) * layers]
+            yield [view[b.offset - origin : b.offset - origin + b.size] for b in here]
+
 
 @dataclass
 class Delta:
@@ -56,7 +92,7 @@ class Delta:
     tree: FileTree
     manifest: Manifest
     _layers: dict[str, Checkpoint] = field(default_factory=dict)
-    _indices: dict[tuple[str, str], list[BlobRange]] = field(default_factory=dict)
+    _indices: dict[tuple[str, str], _Index] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -118,33 +154,33 @@ class Delta:
             )
         return PlacedPart(part, placed, count)
 
-    def index(self, part: PlacedPart, read: Callable[[Range], memoryview]) -> list[BlobRange]:
-        """Where each blob of a payload lies, relative to the payload. Read once per payload."""
-        key = (part.part.group, part.placed.entry.name)
-        with self._lock:
-            known = self._indices.get(key)
-        if known is None:
-            raw = read(part.index_range)
-            known = parse_index(raw, part.count, len(part.part.layers), part.part.bytes)
-            with self._lock:
-                self._indices[key] = known
-        return known
-
-    def blob_range(
-        self, part: PlacedPart, first: int, units: int, read: Callable[[Range], memoryview]
-    ) -> Range:
-        """The bytes that hold units [first, first + units) of a part; ``first`` begins a
-        segment."""
-        begin = part.placed.entry.begin
+    def payload(
+        self, part: PlacedPart, span: Span, read: Callable[[Range], memoryview]
+    ) -> SpanPayload:
+        """What to read for a span of the tensor. The index of a tensor that has several spans is
+        read here, once, through ``read``; that of any other comes with its payload."""
+        entry = part.placed.entry
         if part.dense:
             size = unit_bytes(part.part.dtype)
-            return Range(part.placed.file, begin + first * size, begin + (first + units) * size)
-        if not units:
-            return Range(part.placed.file, begin, begin)
-        index, layers = self.index(part, read), len(part.part.layers)
-        head = index[first // SEGMENT * layers]
-        tail = index[(-(-(first + units) // SEGMENT)) * layers - 1]
-        return Range(part.placed.file, begin + head.offset, begin + tail.offset + tail.size)
+            begin = entry.begin + span.first * size
+            return SpanPayload(
+                part, Range(part.placed.file, begin, begin + span.units * size), None
+            )
+        if span.units == part.count:
+            return SpanPayload(part, Range(part.placed.file, entry.begin, entry.end), None)
+        index = self._index(part, read)
+        blobs, layers = index.blobs, len(part.part.layers)
+        head = blobs[span.first // SEGMENT * layers]
+        tail = blobs[-(-(span.first + span.units) // SEGMENT) * layers - 1]
+        begin, end = entry.begin + head.offset, entry.begin + tail.offset + tail.size
+        return SpanPayload(part, Range(part.placed.file, begin, end), index)
+
+    def _index(self, part: PlacedPart, read: Callable[[Range], memoryview]) -> _Index:
+        key = (part.part.group, part.placed.entry.name)
+        with self._lock:  # also while reading: no index is fetched twice
+            if key not in self._indices:
+                self._indices[key] = part.parse_index(read(part.index_range))
+            return self._indices[key]
 
     def close(self) -> None:
         self._stack.close()

@@ -85,9 +85,10 @@ class FileHashes:
         """Every shard by content. A file that was not read in order, or not whole, is read once
         more, and its tensors must then have the hashes (blake3 by name) they had the first time.
         Raises ``IntegrityError`` where a hash is not the listed one."""
-        return tuple(self._record(file, tensor_hashes) for file in self._checkpoint.shards)
+        return tuple(self.check(file, tensor_hashes) for file in self._checkpoint.shards)
 
-    def _record(self, file: str, tensor_hashes: Mapping[str, str]) -> FileRecord:
+    def check(self, file: str, tensor_hashes: Mapping[str, str]) -> FileRecord:
+        """One shard, as ``records``."""
         digest = self.stream(file).digest() or self._second_pass(file, tensor_hashes)
         info = self._checkpoint.tree.files()[file]
         check_hash(digest, info.sha256, self._checkpoint.where(file))
@@ -135,5 +136,5 @@ def hash_reader(reader: ByteReader) -> str:
     return digest.hexdigest()
 
 
-def tensor_hash(data: bytes | memoryview = b"") -> blake3:
-    return blake3(data)
+def tensor_hash() -> blake3:
+    return blake3()

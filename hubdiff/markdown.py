@@ -12,9 +12,8 @@ from urllib.parse import quote
 
 # Always: \ ` * [ ] < > & | ~ $. "_" unless inside a word, ":" before "//" (a bare link), and what
 # starts a block (heading, list, quote, rule) at the beginning.
-_SPECIAL = re.compile(
-    r"[\\`*\[\]<>&|~$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<!.)[#+=-]|(?<=\A\d)[.)]|(?<=\A\d\d)[.)]"
-)
+_SPECIAL = re.compile(r"[\\`*\[\]<>&|~$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<!.)[#+=-]")
+_NUMBERED = re.compile(r"\A(\d{1,9})([.)])(?!\S)")
 _REPO = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -30,7 +29,7 @@ def one_line(value: str) -> str:
 def text(value: object) -> str:
     """Running text: every character that means something in Markdown where it stands is escaped,
     so that ordinary words stay legible in the source too."""
-    return _SPECIAL.sub(r"\\\g<0>", one_line(str(value)))
+    return _NUMBERED.sub(r"\1\\\2", _SPECIAL.sub(r"\\\g<0>", one_line(str(value))))
 
 
 def code(value: object) -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from hubdiff.checkpoint import Checkpoint, Placed
+from hubdiff.configs import quantised
 from hubdiff.errors import CannotDiff, ShapeMismatch, VocabularyMismatch
 from hubdiff.names import Rename, differs_in_rows_only, match_names
-from hubdiff.configs import quantised
 
 FLOATS = frozenset({"BF16", "F16", "F32"})
 _FP8 = ("F8_", "F4", "F6_")

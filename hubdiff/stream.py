@@ -118,6 +118,10 @@ class Range:
     begin: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
 
 def span_range(span: Span, placed: Placed) -> Range:
     """Where the units of ``span`` lie in a tensor of the same count."""

@@ -81,3 +81,21 @@ def _encodings(tensors: Sequence[Mapping[str, Any]]) -> dict[str, int]:
             if payload:
                 sizes[str(payload.get("encoding"))] += payload.get("bytes") or 0
     return dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0])))
+
+
+def size_text(size: float) -> str:
+    """Bytes for people, in powers of 1000 as the Hub shows them: ``1.7 GB``."""
+    if size < 1000:
+        return f"{size:.0f} bytes"
+    for unit in ("kB", "MB", "GB", "TB"):
+        size /= 1000
+        if size < 999.5:  # from here on three digits would say 1e+03
+            return f"{size:.3g} {unit}"
+    return f"{size:.0f} TB"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage, three digits; never rounded to the ``0 %`` or ``100 %`` it isn't."""
+    if 0.9995 < share < 1:
+        return f"{100 * share:.4f} %" if share < 0.999999 else "over 99.9999 %"
+    return f"{100 * share:.3g} %"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import threading
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from .server import DevHub
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m hubdiff.devhub", description=__doc__)
-    parser.add_argument("--folder", type=Path, help="where it keeps everything (default: temporary)")
+    parser.add_argument(
+        "--folder", type=Path, help="where it keeps everything (default: temporary)"
+    )
     parser.add_argument("--port", type=int, default=0, help="default: a free one")
-    parser.add_argument("--user", action="append", metavar="NAME=TOKEN", help="default: demo=hf_demo")
+    parser.add_argument(
+        "--user", action="append", metavar="NAME=TOKEN", help="default: demo=hf_demo"
+    )
     parser.add_argument("--xet-downloads", action="store_true", help="offer xet to downloads too")
     options = parser.parse_args()
     users = dict(pair.split("=", 1) for pair in options.user) if options.user else None
@@ -21,10 +26,8 @@ def main() -> None:
         options.folder, users=users, port=options.port, xet_downloads=options.xet_downloads
     ) as hub:
         print(hub.url, flush=True)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
 
 
 if __name__ == "__main__":

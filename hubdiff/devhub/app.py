@@ -14,16 +14,13 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from . import commits, discussions, download, history, lfs, repos, xet
-from .http import Call, Endpoint, Handler
+from . import commits, discussions, download, history, info, lfs, repos, xet
+from .endpoint import Call, Endpoint, Handler
 from .refusal import Refusal
 from .state import Hub
 
 
 class _Pattern(Convertor[str]):
-    def __init__(self, regex: str) -> None:
-        self.regex = regex
-
     def convert(self, value: str) -> str:
         return value
 
@@ -31,10 +28,25 @@ class _Pattern(Convertor[str]):
         return value
 
 
-# "org/name", or the one-word name of the Hub's oldest repos.
-register_url_convertor("repo", _Pattern(r"[^/]+(?:/[^/]+)?"))
-register_url_convertor("kind", _Pattern(r"models|datasets|spaces"))
-register_url_convertor("other", _Pattern(r"datasets|spaces"))
+class _Repo(_Pattern):
+    """``org/name``, or the one-word name of the Hub's oldest repos."""
+
+    regex = r"[^/]+(?:/[^/]+)?"
+
+
+class _Kind(_Pattern):
+    regex = r"models|datasets|spaces"
+
+
+class _OtherKind(_Pattern):
+    """Models have no prefix outside ``/api``."""
+
+    regex = r"datasets|spaces"
+
+
+register_url_convertor("repo", _Repo())
+register_url_convertor("kind", _Kind())
+register_url_convertor("other", _OtherKind())
 
 API = "/api/{kind:kind}/{repo:repo}"
 
@@ -43,12 +55,12 @@ ROUTES: list[tuple[str, str, Handler, str]] = [
     ("POST", "/api/repos/create", repos.create, "api"),
     ("DELETE", "/api/repos/delete", repos.delete, "api"),
     ("POST", "/api/repos/move", repos.move, "api"),
-    ("POST", "/api/validate-yaml", repos.validate_yaml, "api"),
+    ("POST", "/api/validate-yaml", info.validate_yaml, "api"),
     ("PUT", API + "/settings", repos.settings, "api"),
     ("POST", API + "/user-access-request/grant", repos.grant_access, "api"),
     ("GET", API + "/auth-check", repos.auth_check, "api"),
     ("GET", API + "/auth-check/write", repos.auth_check, "api"),
-    ("GET", API + "/safetensors-metadata/{path:path}", repos.safetensors_metadata, "api"),
+    ("GET", API + "/safetensors-metadata/{path:path}", info.safetensors_metadata, "api"),
     ("GET", API + "/tree/{rev}", history.tree, "api"),
     ("GET", API + "/tree/{rev}/{path:path}", history.tree, "api"),
     ("POST", API + "/paths-info/{rev}", history.paths_info, "api"),
@@ -71,9 +83,9 @@ ROUTES: list[tuple[str, str, Handler, str]] = [
     ("POST", API + "/discussions/{num}/title", discussions.set_title, "api"),
     ("GET", API + "/xet-read-token/{rev}", xet.read_token, "xet"),
     ("GET", API + "/xet-write-token/{rev}", xet.write_token, "xet"),
-    ("GET", API + "/revision/{rev}", repos.info, "api"),
-    ("GET", API, repos.info, "api"),
-    ("GET", "/api/{kind:kind}", repos.search, "api"),
+    ("GET", API + "/revision/{rev}", info.info, "api"),
+    ("GET", API, info.info, "api"),
+    ("GET", "/api/{kind:kind}", info.search, "api"),
     ("POST", "/{kind:other}/{repo:repo}.git/info/lfs/objects/batch", lfs.batch, "lfs"),
     ("POST", "/{repo:repo}.git/info/lfs/objects/batch", lfs.batch, "lfs"),
     ("POST", "/{kind:other}/{repo:repo}.git/info/lfs/objects/verify", lfs.verify, "lfs"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import Message, Scope, Send
@@ -36,19 +37,19 @@ def _ends(transport: asyncio.Transport) -> tuple[Any, Any]:
     return transport.get_extra_info("sockname"), transport.get_extra_info("peername")
 
 
-def broken_send(send: Send, fault: Fault, scope: Scope) -> Send:
+def broken_send(send: Send, fault: Fault, scope: Scope, fires: Callable[[], bool]) -> Send:
+    """``fires`` is asked once, when the body reaches the point where it should break."""
     transport = _transports[tuple(scope["server"]), tuple(scope["client"])]
     sent = 0
 
     async def broken(message: Message) -> None:
         nonlocal sent
         body = message.get("body", b"")
-        if message["type"] != "http.response.body" or not sent <= fault.after_bytes < sent + len(body):
-            sent += len(body)
-            await send(message)
-            return
         keep = fault.after_bytes - sent
         sent += len(body)
+        if not 0 <= keep < len(body) or not fires():
+            await send(message)
+            return
         if fault.kind == "corrupt":
             flipped = bytes([body[keep] ^ 0xFF])
             await send({**message, "body": body[:keep] + flipped + body[keep + 1 :]})

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .discussions import open_pull_request
+from .endpoint import Call, read_lines
 from .git import Change, GitRepo, Pointer
-from .http import Call, read_lines
 from .refusal import Refusal, bad_request, entry_not_found, revision_not_found
 from .repo import Repo, check_path
 from .store import KINDS
@@ -21,7 +21,8 @@ def preupload(call: Call) -> Any:
     repo, body = call.repo(), call.json()
     call.need_user()
     commit = repo.commit_of(call.params["rev"])
-    patterns = _lfs_patterns(repo.text(commit, ".gitattributes") or "")
+    attributes = body.get("gitAttributes") or repo.text(commit, ".gitattributes") or ""
+    patterns = _lfs_patterns(str(attributes))
     paths = [check_path(str(item.get("path"))) for item in body.get("files", [])]
     ignored = _ignored(repo.git, str(body.get("gitIgnore") or ""), paths)
     tree = repo.git.tree(commit)
@@ -171,4 +172,3 @@ def duplicate(call: Call) -> Any:
         else:
             failed.append({"sha256": sha256, "error": "No such file in the source repo"})
     return {"success": not failed, "failed": failed}
-

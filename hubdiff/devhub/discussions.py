@@ -6,10 +6,10 @@ import time
 import uuid
 from typing import Any
 
-from .http import Call
+from .endpoint import Call
+from .listing import iso
 from .refusal import Refusal, bad_request
 from .repo import Repo
-from .repos import iso
 
 PAGE = 20
 STATUSES = ("open", "closed")
@@ -79,7 +79,10 @@ def list_all(call: Call) -> Any:
         discussion
         for discussion in reversed(repo.settings.discussions)
         if (kind in ("", "all") or (kind == "pull_request") == (discussion["base"] is not None))
-        and (status in ("", "all") or (status == "open") == (discussion["status"] in ("open", "draft")))
+        and (
+            status in ("", "all")
+            or (status == "open") == (discussion["status"] in ("open", "draft"))
+        )
         and author in ("", discussion["author"])
     ]
     start = int(call.query("p") or 0) * PAGE

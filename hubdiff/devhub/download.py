@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from .endpoint import Call
 from .git import TreeEntry
-from .http import Call
 from .refusal import Refusal, entry_not_found
 from .repo import Repo
 

@@ -1,7 +1,8 @@
 """Faults on demand: what a network and a busy server do to a client, when a test asks for it.
 
-A fault is armed with ``add`` and fires on the next ``times`` requests whose raw path (with its
-query) contains ``match``, or matches it as a glob. Kinds:
+A fault is armed with ``add`` and fires ``times`` times, on requests whose raw path (with its
+query) contains ``match``, or matches it as a glob. The last three kinds break a body; an answer
+that ends before ``after_bytes``, a redirect or the answer to HEAD for one, passes them by.
 
 ``500`` ``502`` ``503`` ``504``  that status, before the request is looked at
 ``429``      the same, with ``Retry-After: retry_after``
@@ -58,14 +59,19 @@ class Faults:
             self._faults.append(fault)
         return fault
 
-    def take(self, method: str, path: str) -> Fault | None:
-        """The fault this request meets, counted as fired."""
+    def find(self, kinds: tuple[str, ...], method: str, path: str) -> Fault | None:
+        """The fault of one of these kinds that waits for this request."""
         with self._lock:
             for fault in self._faults:
-                if fault.applies(method, path):
-                    fault.fired += 1
+                if fault.kind in kinds and fault.applies(method, path):
                     return fault
         return None
+
+    def fire(self, fault: Fault) -> bool:
+        """Use the fault up by one; False if another request was faster."""
+        with self._lock:
+            fault.fired += 1
+            return fault.fired <= fault.times
 
     def clear(self) -> None:
         with self._lock:

@@ -73,6 +73,7 @@ class GitRepo:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._refs: dict[str, str] | None = None
+        self._writes = 0
         self.tree = lru_cache(maxsize=32)(self._read_tree)
 
     @classmethod
@@ -96,11 +97,18 @@ class GitRepo:
 
     def refs(self) -> dict[str, str]:
         """Full ref name → commit (annotated tags are peeled)."""
-        if self._refs is None:
+        known, writes = self._refs, self._writes
+        if known is None:
             lines = self.run("for-each-ref", "--format=%(refname) %(objectname) %(*objectname)")
             fields = [line.split() for line in lines.decode().splitlines()]
-            self._refs = {name: oids[-1] for name, *oids in fields}
-        return self._refs
+            known = {name: oids[-1] for name, *oids in fields}
+            if writes == self._writes:  # otherwise they may be older than a write made meanwhile
+                self._refs = known
+        return known
+
+    def _refs_changed(self) -> None:
+        self._writes += 1
+        self._refs = None
 
     def resolve(self, revision: str) -> str | None:
         """A branch, a tag, a full ref or a full commit id; nothing of git's own revision syntax."""
@@ -121,11 +129,11 @@ class GitRepo:
             self.run("update-ref", "-d", name)
         else:
             self.run("update-ref", name, commit)
-        self._refs = None
+        self._refs_changed()
 
     def annotated_tag(self, name: str, commit: str, message: str) -> None:
         self.run("tag", "--annotate", f"--message={message}", name, commit)
-        self._refs = None
+        self._refs_changed()
 
     def is_ref_name(self, name: str) -> bool:
         try:
@@ -167,18 +175,19 @@ class GitRepo:
         self, ref: str, parent: str | None, message: str, author: str, changes: Iterable[Change]
     ) -> str:
         """One commit on ``ref``. Fails, and moves nothing, unless it is a fast-forward."""
-        feed = [f"feature done\ncommit {ref}\nmark :1\n", _committer(author), _data(message)]
+        feed = [f"feature done\ncommit {ref}\nmark :1\n".encode(), _committer(author)]
+        feed.append(_data(message.encode()))
         if parent is not None:
-            feed.append(f"from {parent}\n")
+            feed.append(f"from {parent}\n".encode())
         for change in changes:
+            path = _quoted(change.path)
             if change.content is None:
-                feed.append(f"D {_quoted(change.path)}\n")
+                feed.append(b"D " + path + b"\n")
             else:
-                feed += [f"M 100644 inline {_quoted(change.path)}\n", _data(change.content)]
-        feed.append("get-mark :1\ndone\n")
-        stream = b"".join(part.encode() if isinstance(part, str) else part for part in feed)
-        oid = self.run("fast-import", "--quiet", stdin=stream).decode().strip()
-        self._refs = None
+                feed += [b"M 100644 inline " + path + b"\n", _data(change.content)]
+        feed.append(b"get-mark :1\ndone\n")
+        oid = self.run("fast-import", "--quiet", stdin=b"".join(feed)).decode().strip()
+        self._refs_changed()
         return oid
 
     def squash(self, ref: str, message: str) -> str:
@@ -206,7 +215,7 @@ class GitRepo:
         self, commit: str, *, limit: int = 1, skip: int = 0, path: str | None = None
     ) -> list[LoggedCommit]:
         form = "--format=%H%x1f%an%x1f%ct%x1f%s%x1f%b"
-        only = ["--", path] if path is not None else []
+        only = ["--", f":(literal){path}"] if path is not None else []
         text = self.run("log", "-z", form, f"-{limit}", f"--skip={skip}", commit, *only).decode()
         rows = [row.split("\x1f") for row in text.split("\0") if row]
         return [
@@ -222,18 +231,17 @@ def _entry(path: str, is_file: bool, oid: str, size: int, lfs: Pointer | None) -
     return TreeEntry(path, is_file, oid, lfs.size if lfs else size, lfs)
 
 
-def _committer(name: str) -> str:
-    return f"committer {name} <{EMAIL}> {int(time.time())} +0000\n"
+def _committer(name: str) -> bytes:
+    return f"committer {name} <{EMAIL}> {int(time.time())} +0000\n".encode()
 
 
-def _data(content: str | bytes) -> bytes:
-    raw = content.encode() if isinstance(content, str) else content
-    return b"data %d\n" % len(raw) + raw + b"\n"
+def _data(content: bytes) -> bytes:
+    return b"data %d\n" % len(content) + content + b"\n"
 
 
-def _quoted(path: str) -> str:
+def _quoted(path: str) -> bytes:
     escaped = path.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
+    return f'"{escaped}"'.encode()
 
 
 def _environment() -> dict[str, str]:
@@ -243,7 +251,6 @@ def _environment() -> dict[str, str]:
         "HOME": os.devnull,
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_CONFIG_GLOBAL": os.devnull,
-        "GIT_LITERAL_PATHSPECS": "1",
         "GIT_AUTHOR_NAME": "devhub",
         "GIT_AUTHOR_EMAIL": EMAIL,
         "GIT_COMMITTER_NAME": "devhub",

@@ -6,11 +6,11 @@ from typing import Any
 
 from starlette.responses import JSONResponse, Response
 
+from .endpoint import Call
 from .git import TreeEntry
-from .http import Call
+from .listing import iso, page
 from .refusal import Refusal, bad_request, entry_not_found, revision_not_found
 from .repo import Repo
-from .repos import iso, page
 
 
 def tree(call: Call) -> Any:

@@ -7,12 +7,15 @@ ones. An object exists only once its bytes have the announced sha256 and size.
 from __future__ import annotations
 
 import hashlib
+import shutil
+import uuid
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from starlette.responses import Response
 
-from .http import Call
+from .endpoint import Call
 from .objects import SHA256, pieces_of
 from .refusal import Refusal, bad_request
 from .repo import Repo
@@ -27,22 +30,32 @@ def batch(call: Call) -> Any:
     # Anyone may upload what a pull request will carry; the commit checks the right to write.
     call.need_user()
     repo = call.repo()
-    multipart = "multipart" in body.get("transfers", ["basic"])
-    objects = [_object(call, repo, item, multipart) for item in body.get("objects", [])]
-    return {"transfer": "multipart" if multipart else "basic", "objects": objects}
+    transfers = body.get("transfers", ["basic"])
+    transfer = next(name for name in ("xet", "multipart", "basic") if name in (*transfers, "basic"))
+    branch = (body.get("ref") or {}).get("name", "main")
+    objects = [_object(call, repo, item, transfer, branch) for item in body.get("objects", [])]
+    return {"transfer": transfer, "objects": objects}
 
 
-def _object(call: Call, repo: Repo, item: dict[str, Any], multipart: bool) -> dict[str, Any]:
+def _object(
+    call: Call, repo: Repo, item: dict[str, Any], transfer: str, branch: str
+) -> dict[str, Any]:
     oid, size = item.get("oid"), item.get("size")
     if not isinstance(oid, str) or SHA256.fullmatch(oid) is None or not isinstance(size, int):
         error = {"code": 422, "message": "An object needs a sha256 oid and a size"}
         return {"oid": oid, "size": size, "error": error}
     if repo.owns_object(oid):
         return {"oid": oid, "size": size}
+    if transfer == "xet":
+        # The JavaScript client asks here first; the Python client goes to xet by itself.
+        href = (
+            f"{call.hub.url}/api/{repo.kind}s/{repo.name}/xet-write-token/{quote(branch, safe='')}"
+        )
+        return {"oid": oid, "size": size, "actions": {"upload": {"href": href}}}
     claim = {"kind": repo.kind, "repo": repo.name, "oid": oid, "size": size}
     verify = f"{call.hub.url}/{repo.url_path}.git/info/lfs/objects/verify"
     part_bytes = call.hub.options.part_bytes
-    large = multipart and size > part_bytes
+    large = transfer == "multipart" and size > part_bytes
     upload = _multipart_action(call, claim, part_bytes) if large else _basic_action(call, claim)
     return {"oid": oid, "size": size, "actions": {"upload": upload, "verify": {"href": verify}}}
 
@@ -53,6 +66,7 @@ def _basic_action(call: Call, claim: dict[str, Any]) -> dict[str, Any]:
 
 
 def _multipart_action(call: Call, claim: dict[str, Any], part_bytes: int) -> dict[str, Any]:
+    claim = {**claim, "id": uuid.uuid4().hex}
     header = {"chunk_size": str(part_bytes)}
     parts = -(-claim["size"] // part_bytes)
     for number in range(1, parts + 1):
@@ -78,23 +92,31 @@ def put_object(call: Call) -> Response:
 def put_part(call: Call) -> Response:
     claim = _claim(call, "lfs-part")
     assert call.upload is not None
-    etag = hashlib.md5(call.upload.read_bytes()).hexdigest()
-    place = _part_path(call, claim, claim["part"])
+    place = _parts_folder(call, claim) / str(claim["part"])
     place.parent.mkdir(parents=True, exist_ok=True)
     call.upload.replace(place)
-    return Response(None, 200, {"ETag": f'"{etag}"'})
+    return Response(None, 200, {"ETag": _etag(place)})
 
 
 def complete(call: Call) -> Any:
     claim = _claim(call, "lfs-complete")
-    numbers = [part.get("partNumber") for part in call.json().get("parts", [])]
-    paths = [_part_path(call, claim, number) for number in range(1, claim["parts"] + 1)]
-    if numbers != list(range(1, claim["parts"] + 1)) or not all(path.exists() for path in paths):
-        raise bad_request(f"Parts {numbers} of {claim['parts']} were completed")
-    _store(call, claim, paths)
-    for path in paths:
-        path.unlink()
+    sent = [(part.get("partNumber"), part.get("etag")) for part in call.json().get("parts", [])]
+    folder = _parts_folder(call, claim)
+    places = [folder / str(number) for number in range(1, claim["parts"] + 1)]
+    stored = [(int(place.name), _etag(place)) for place in places if place.exists()]
+    if len(stored) != claim["parts"] or sent != stored:
+        raise bad_request("The parts that were completed are not the parts that were sent")
+    _store(call, claim, places)
+    shutil.rmtree(folder)
     return {"success": True}
+
+
+def _etag(part: Path) -> str:
+    return f'"{hashlib.md5(part.read_bytes()).hexdigest()}"'
+
+
+def _parts_folder(call: Call, claim: dict[str, Any]) -> Path:
+    return call.hub.folder / "tmp" / f"{claim['id']}.parts"
 
 
 def verify(call: Call) -> Any:
@@ -116,7 +138,3 @@ def _store(call: Call, claim: dict[str, Any], paths: list[Path]) -> None:
         raise Refusal(404, f"The repo {claim['repo']} is gone")
     call.hub.objects.write(pieces_of(*paths), claim["oid"])
     repo.add_object(claim["oid"])
-
-
-def _part_path(call: Call, claim: dict[str, Any], number: int) -> Path:
-    return call.hub.folder / "tmp" / f"{claim['oid']}.parts" / str(number)

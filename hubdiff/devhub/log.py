@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-DOWNLOADS = ("resolve", "data")
+DOWNLOADS = ("resolve", "data", "raw")
 
 
 @dataclass
@@ -92,5 +92,5 @@ class RequestLog:
         return sum(
             record.bytes_sent
             for record in self.select(repo=repo, file=path)
-            if record.kind in (*DOWNLOADS, "raw")
+            if record.kind in DOWNLOADS and record.status in (200, 206)
         )

@@ -17,11 +17,13 @@ from typing import Any
 from .git import Change, GitRepo, TreeEntry
 from .refusal import bad_request, entry_not_found, revision_not_found
 
-LFS_PATTERNS = (
+LFS_SUFFIXES = (
     "7z arrow bin bz2 ckpt ftz gz h5 joblib mlmodel model msgpack npy npz onnx ot parquet pb "
     "pickle pkl pt pth rar safetensors tar tflite tgz wasm xz zip zst"
-).split()
-GITATTRIBUTES = "".join(f"*.{name} filter=lfs diff=lfs merge=lfs -text\n" for name in LFS_PATTERNS)
+)
+GITATTRIBUTES = "".join(
+    f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES.split()
+)
 NAME = re.compile(r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?", re.ASCII)
 
 

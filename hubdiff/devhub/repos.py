@@ -1,20 +1,14 @@
-"""Repos as a whole: who am I, create, delete, move, settings, access, information, search."""
+"""Repos as a whole: who am I, create, delete, move, settings, access."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from datetime import datetime, timezone
 from typing import Any
-from urllib.parse import urlencode
 
 from starlette.responses import JSONResponse, Response
 
-from .git import TreeEntry
-from .http import BAD_TOKEN, Call
-from .metadata import BadCard, base_models, card_tags, check_card, count_parameters, parse_card
-from .metadata import safetensors_header
-from .refusal import Refusal, bad_request, entry_not_found
+from .endpoint import BAD_TOKEN, Call
+from .listing import iso
+from .refusal import Refusal, bad_request
 from .repo import Repo, Settings
 from .store import KINDS
 
@@ -36,7 +30,9 @@ def whoami(call: Call) -> Any:
         "isPro": False,
         "canPay": False,
         "avatarUrl": "",
-        "orgs": [{"type": "org", "id": o, "name": o, "fullname": o, "isEnterprise": False} for o in orgs],
+        "orgs": [
+            {"type": "org", "id": o, "name": o, "fullname": o, "isEnterprise": False} for o in orgs
+        ],
         "auth": {
             "type": "access_token",
             "accessToken": {"displayName": "devhub", "role": "write", "createdAt": iso(0)},
@@ -129,178 +125,3 @@ def auth_check(call: Call) -> Any:
         call.repo_for_write()
     call.repo_files()
     return {}
-
-
-def validate_yaml(call: Call) -> Any:
-    body = call.json()
-    errors, warnings = check_card(str(body.get("content", "")), str(body.get("repoType", "model")))
-    answer = {
-        "errors": [{"message": message} for message in errors],
-        "warnings": [{"message": message} for message in warnings],
-    }
-    return JSONResponse(answer, 400 if errors else 200)
-
-
-def info(call: Call) -> Any:
-    repo = call.repo()
-    commit = repo.commit_of(call.params.get("rev", "main"))
-    value = describe(call, repo, commit)
-    expand = call.request.query_params.getlist("expand")
-    if expand:
-        kept = {"_id", "id", *expand}
-        return {name: item for name, item in value.items() if name in kept}
-    return value
-
-
-def describe(call: Call, repo: Repo, commit: str, *, details: bool = True) -> dict[str, Any]:
-    """The information record; ``details`` are what only a single repo's record has."""
-    tree = repo.git.tree(commit)
-    card = _card(repo, commit)
-    value: dict[str, Any] = {
-        "_id": repo.name,
-        "id": repo.name,
-        "modelId": repo.name,
-        "author": repo.namespace,
-        "sha": commit,
-        "private": repo.settings.visibility == "private",
-        "gated": repo.settings.gated,
-        "disabled": False,
-        "downloads": 0,
-        "likes": 0,
-        "tags": card_tags(card, tree),
-        "createdAt": iso(repo.settings.created_at),
-        "lastModified": iso(repo.git.log(commit)[0].timestamp),
-    }
-    if library := card.get("library_name"):
-        value["library_name"] = library
-    if pipeline := card.get("pipeline_tag"):
-        value["pipeline_tag"] = pipeline
-    if not details:
-        return value
-    blobs = call.flag("blobs")
-    value["cardData"] = card
-    value["baseModels"] = base_models(card)
-    value["siblings"] = [_sibling(entry, blobs) for entry in tree.values() if entry.is_file]
-    value["usedStorage"] = sum(entry.size for entry in tree.values() if entry.lfs)
-    headers = safetensors_headers(call, repo, commit)
-    if headers:
-        value["safetensors"] = count_parameters(headers.values())
-    return value
-
-
-def _card(repo: Repo, commit: str) -> dict[str, Any]:
-    try:
-        return parse_card(repo.text(commit, "README.md") or "")
-    except BadCard:
-        return {}
-
-
-def _sibling(entry: TreeEntry, blobs: bool) -> dict[str, Any]:
-    value: dict[str, Any] = {"rfilename": entry.path}
-    if blobs:
-        value |= {"size": entry.size, "blobId": entry.oid}
-        if entry.lfs:
-            pointer_size = len(entry.lfs.text())
-            lfs = {"sha256": entry.lfs.sha256, "size": entry.size, "pointerSize": pointer_size}
-            value["lfs"] = lfs
-    return value
-
-
-def safetensors_headers(call: Call, repo: Repo, commit: str) -> dict[str, dict[str, Any]]:
-    """File name → header, of every readable safetensors file at the root."""
-    found = {}
-    for entry in repo.git.tree(commit).values():
-        if entry.is_file and "/" not in entry.path and entry.path.endswith(".safetensors"):
-            header = safetensors_header(_reader(call, repo, entry))
-            if header is not None:
-                found[entry.path] = header
-    return found
-
-
-def _reader(call: Call, repo: Repo, entry: TreeEntry) -> Callable[[int, int], bytes]:
-    if entry.lfs is None:
-        content = repo.git.read_blob(entry.oid)
-        return lambda start, end: content[start:end]
-    path = call.hub.objects.path(entry.lfs.sha256)
-
-    def read(start: int, end: int) -> bytes:
-        with path.open("rb") as file:
-            file.seek(start)
-            return file.read(end - start)
-
-    return read
-
-
-def safetensors_metadata(call: Call) -> Any:
-    """``FILE`` is an index: its own content, and the headers of the shards it names."""
-    repo = call.repo_files()
-    commit = repo.commit_of("main")
-    text = repo.text(commit, call.params["path"])
-    if text is None:
-        raise entry_not_found(call.params["path"], commit)
-    try:
-        index = json.loads(text)
-        shards = set(index.pop("weight_map").values())
-    except (ValueError, KeyError, AttributeError):
-        raise bad_request(f"{call.params['path']} is not a safetensors index") from None
-    headers = safetensors_headers(call, repo, commit)
-    return {"index": index, "headers": {name: headers[name] for name in sorted(shards & set(headers))}}
-
-
-def search(call: Call) -> Any:
-    """Models (or datasets, spaces) by tag, name and author, newest first unless sorted."""
-    query = call.request.query_params
-    found = []
-    for repo in call.hub.store.visible(call.kind, call.user):
-        value = describe(call, repo, repo.commit_of("main"), details=bool(query.getlist("expand")))
-        if _matches(call, value):
-            found.append((repo, value))
-    order = call.query("sort", "createdAt")
-    if order not in ("createdAt", "lastModified", "downloads", "likes", "trendingScore"):
-        raise bad_request(f"Can't sort by {order}")
-    found.sort(key=lambda pair: str(pair[1].get(order, "")), reverse=call.query("direction") != "1")
-    values = [_listed(call, repo, value) for repo, value in found]
-    return page(call, values, min(int(call.query("limit") or 1000), call.hub.options.page_size))
-
-
-def _matches(call: Call, value: dict[str, Any]) -> bool:
-    query = call.request.query_params
-    wanted = [tag for item in query.getlist("filter") for tag in item.split(",")]
-    tags = set(value["tags"])
-    gated = query.get("gated")
-    return (
-        all(tag in tags for tag in wanted)
-        and call.query("search").lower() in value["id"].lower()
-        and query.get("author") in (None, value["author"])
-        and query.get("pipeline_tag") in (None, value.get("pipeline_tag"))
-        and (gated is None or (gated.lower() == "true") == bool(value["gated"]))
-    )
-
-
-def _listed(call: Call, repo: Repo, value: dict[str, Any]) -> dict[str, Any]:
-    expand = call.request.query_params.getlist("expand")
-    if expand:
-        return {name: item for name, item in value.items() if name in {"_id", "id", *expand}}
-    commit = value["sha"]
-    if call.flag("cardData"):
-        value["cardData"] = _card(repo, commit)
-    if call.flag("full"):
-        tree = repo.git.tree(commit).values()
-        value["siblings"] = [_sibling(entry, False) for entry in tree if entry.is_file]
-    return value
-
-
-def page(call: Call, values: list[Any], size: int) -> Response:
-    """One page of ``values``, with a link to the next: clients follow links, not numbers."""
-    start = int(call.query("cursor") or 0)
-    headers = {}
-    if start + size < len(values):
-        pairs = [p for p in call.request.query_params.multi_items() if p[0] != "cursor"]
-        query = urlencode([*pairs, ("cursor", str(start + size))])
-        headers["Link"] = f'<{call.hub.url}{call.record.path}?{query}>; rel="next"'
-    return JSONResponse(values[start : start + size], headers=headers)
-
-
-def iso(timestamp: float) -> str:
-    moment = datetime.fromtimestamp(timestamp, timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.000Z")

@@ -112,16 +112,16 @@ class DevHub:
         hf_xet's cache remembers what each server has, so every call gives a fresh one.
         """
         home = home or Path(tempfile.mkdtemp(prefix="home-", dir=self._temporary.name))
-        variables = {
+        return {
             "HF_ENDPOINT": self.url,
             "HF_TOKEN": self.token(user),
             "HF_HOME": str(home),
             "HF_XET_CACHE": str(home / "xet"),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_XET": "0" if xet else "1",
             "NO_PROXY": HOST,
         }
-        return variables if xet else {**variables, "HF_HUB_DISABLE_XET": "1"}
 
     def create_repo(self, name: str, *, kind: str = "model", private: bool = False) -> None:
         """A repo in any namespace, also one that no user owns (``org/base``, ``gpt2``)."""

@@ -63,7 +63,9 @@ class Store:
         may_write = self.is_member(user, repo.namespace)
         if repo.settings.gated and not may_write and user not in repo.settings.allowed:
             status = 401 if user is None else 403
-            message = f"Access to {kind} {name} is restricted and you are not in the authorized list."
+            message = (
+                f"Access to {kind} {name} is restricted and you are not in the authorized list."
+            )
             raise Refusal(status, message, code="GatedRepo")
         return repo
 
@@ -76,7 +78,9 @@ class Store:
         if user is None:
             raise Refusal(401, "Invalid username or password.")
         if not self.is_member(user, namespace):
-            raise Refusal(403, f"You don't have the rights to write under the namespace {namespace}")
+            raise Refusal(
+                403, f"You don't have the rights to write under the namespace {namespace}"
+            )
 
     def create(self, kind: str, name: str, author: str, settings: Settings) -> Repo:
         check_repo_name(name)

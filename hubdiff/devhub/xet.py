@@ -11,9 +11,8 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 
 from .download import FileSlice, parse_range
-from .http import Call, bearer
+from .endpoint import Call, bearer
 from .refusal import Refusal
-from .xet_format import Chunk
 from .xet_store import XetFile
 
 TOKEN_SECONDS = 3600
@@ -86,29 +85,46 @@ def reconstruction(call: Call) -> Any:
 
 def _plan(call: Call, file: XetFile, start: int, end: int, repo: str) -> dict[str, Any]:
     terms: list[dict[str, Any]] = []
-    fetches: dict[str, list[dict[str, Any]]] = {}
+    wanted: dict[str, list[tuple[int, int]]] = {}
     offset_in_first, position = 0, 0
     for segment in file.segments:
-        wanted: list[tuple[int, Chunk]] = []
+        sizes = [chunk.size for chunk in call.hub.xet.chunks(segment.xorb)]
+        inside: list[int] = []
         for index in range(segment.start, segment.end):
-            chunk = call.hub.xet.chunks(segment.xorb)[index]
-            if position < end and position + chunk.size > start:
-                if not terms and not wanted:
+            if position < end and position + sizes[index] > start:
+                if not terms and not inside:
                     offset_in_first = start - position
-                wanted.append((index, chunk))
-            position += chunk.size
-        if wanted:
-            chunks = {"start": wanted[0][0], "end": wanted[-1][0] + 1}
-            length = sum(chunk.size for _, chunk in wanted)
+                inside.append(index)
+            position += sizes[index]
+        if inside:
+            first, last = inside[0], inside[-1] + 1
+            length = sum(sizes[first:last])
+            chunks = {"start": first, "end": last}
             terms.append({"hash": segment.xorb, "unpacked_length": length, "range": chunks})
-            fetches.setdefault(segment.xorb, []).append(
-                {
-                    "range": chunks,
-                    "url": _xorb_url(call, segment.xorb, repo),
-                    "url_range": {"start": wanted[0][1].offset, "end": wanted[-1][1].end - 1},
-                }
-            )
+            wanted.setdefault(segment.xorb, []).append((first, last))
+    fetches = {xorb: _fetches(call, xorb, ranges, repo) for xorb, ranges in wanted.items()}
     return {"offset_into_first_range": offset_in_first, "terms": terms, "fetch_info": fetches}
+
+
+def _fetches(
+    call: Call, xorb: str, ranges: list[tuple[int, int]], repo: str
+) -> list[dict[str, Any]]:
+    """Byte ranges of a xorb that hold the wanted chunks. Clients refuse ranges that overlap."""
+    chunks, url = call.hub.xet.chunks(xorb), _xorb_url(call, xorb, repo)
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(last, joined[-1][1])
+        else:
+            joined.append((first, last))
+    return [
+        {
+            "range": {"start": first, "end": last},
+            "url": url,
+            "url_range": {"start": chunks[first].offset, "end": chunks[last - 1].end - 1},
+        }
+        for first, last in joined
+    ]
 
 
 def _xorb_url(call: Call, xorb: str, repo: str) -> str:

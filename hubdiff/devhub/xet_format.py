@@ -177,7 +177,7 @@ def merkle_root(nodes: list[Node]) -> bytes:
 
 
 def _children(nodes: list[Node]) -> int:
-    """How many of the next nodes share a parent: cut after a hash divisible by 4, from the third."""
+    """How many of the next nodes share a parent: up to a hash divisible by 4, at least three."""
     if len(nodes) <= 2:
         return len(nodes)
     for index in range(2, len(nodes)):

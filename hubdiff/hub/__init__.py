@@ -8,8 +8,16 @@ looked up at each use, so ``HF_ENDPOINT`` and ``HF_TOKEN`` may be set at any tim
 
 from __future__ import annotations
 
-from hubdiff.hub.client import endpoint, repo_exists, repo_facts
+from hubdiff.hub.client import endpoint, repo_exists, repo_facts, require_token
 from hubdiff.hub.tree import HubTree
 from hubdiff.hub.upload import Commit, HubUpload
 
-__all__ = ["Commit", "HubTree", "HubUpload", "endpoint", "repo_exists", "repo_facts"]
+__all__ = [
+    "Commit",
+    "HubTree",
+    "HubUpload",
+    "endpoint",
+    "repo_exists",
+    "repo_facts",
+    "require_token",
+]

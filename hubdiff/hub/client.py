@@ -52,6 +52,12 @@ def repo_facts(pin: PinnedRef) -> RepoFacts:
     )
 
 
+def require_token() -> None:
+    """Raise ``AuthError`` now when there is no token, or a bad one, not after hours of work."""
+    with translated(subject("")):
+        retrying(lambda: api().whoami())
+
+
 def repo_exists(repo: str) -> bool:
     """Whether the token in use sees this repo."""
     with translated(subject(repo)):

@@ -34,12 +34,25 @@ def pin(ref: ModelRef) -> PinnedRef:
     return PinnedRef(repo=ref.repo, commit=commit, path=None, ref=ref)
 
 
-def list_files(at: PinnedRef) -> dict[str, RepoFile]:
-    """Every file at a commit by path, as the Hub describes it."""
+def list_files(at: PinnedRef) -> dict[str, FileInfo]:
+    """Every file at a commit, by path."""
     assert at.repo is not None
     with translated(subject(at.repo, at.commit)):
         entries = list(api().list_repo_tree(at.repo, recursive=True, revision=at.commit))
-    return {safe_path(entry.path): entry for entry in entries if isinstance(entry, RepoFile)}
+    return {
+        safe_path(entry.path): FileInfo(
+            entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None
+        )
+        for entry in entries
+        if isinstance(entry, RepoFile)
+    }
+
+
+def no_file(at: PinnedRef, path: str) -> RemoteFileNotFound:
+    return RemoteFileNotFound(
+        f"there is no {path} in {at}",
+        next_step=f"Look at {endpoint()}/{at.repo}/tree/{at.commit}.",
+    )
 
 
 class HubTree:
@@ -57,10 +70,7 @@ class HubTree:
 
     @cached_property
     def _files(self) -> dict[str, FileInfo]:
-        return {
-            path: FileInfo(path, entry.size, entry.lfs.sha256 if entry.lfs else None)
-            for path, entry in list_files(self.pin).items()
-        }
+        return list_files(self.pin)
 
     def open(self, path: str) -> AbstractContextManager[ByteReader]:
         info = self._info(path)
@@ -82,10 +92,7 @@ class HubTree:
     def _info(self, path: str) -> FileInfo:
         info = self._files.get(path)
         if info is None:
-            raise RemoteFileNotFound(
-                f"there is no {path} in {self.pin}",
-                next_step=f"Look at {endpoint()}/{self.pin.repo}/tree/{self.pin.commit}.",
-            )
+            raise no_file(self.pin, path)
         return info
 
     def _cached(self, info: FileInfo) -> Path | None:

@@ -15,12 +15,12 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from huggingface_hub.hf_api import RepoFile
 
-from hubdiff.errors import HubConflict, RemoteFileNotFound, RepoNotFound
+from hubdiff.errors import HubConflict, RepoNotFound
 from hubdiff.files import FileInfo, safe_path
 from hubdiff.hub.client import api, model_info, quiet, subject
 from hubdiff.hub.retry import retrying
 from hubdiff.hub.translate import translated
-from hubdiff.hub.tree import list_files
+from hubdiff.hub.tree import list_files, no_file
 from hubdiff.refs import ModelRef, PinnedRef
 
 # The Hub keeps no file over 10 MB inside the commit itself, so any file it may ask for again at
@@ -61,14 +61,10 @@ class HubUpload:
         self._subject = subject(repo, revision)
         self._operations: list[_Operation] = []
         self._small: list[CommitOperationAdd] = []
-        self._sources: dict[PinnedRef, dict[str, RepoFile]] = {}
 
     def existing_files(self) -> dict[str, FileInfo]:
         """What the repo holds at the parent commit."""
-        return {
-            path: FileInfo(path, entry.size, entry.lfs.sha256 if entry.lfs else None)
-            for path, entry in self._listing(self._parent).items()
-        }
+        return list_files(self._parent)
 
     def add(self, path: str, local: Path) -> None:
         """Add a file from disk; when this returns, ``local`` is no longer needed."""
@@ -90,12 +86,7 @@ class HubUpload:
         """Add a file that another repo holds. Large files are copied by the Hub itself; one that
         its storage can't copy goes through this machine's disk."""
         assert source.repo is not None
-        entry = self._listing(source).get(source_path)
-        if entry is None:
-            raise RemoteFileNotFound(
-                f"there is no {source_path} in {source}, which was to be copied",
-                next_step="Check the name.",
-            )
+        entry = _describe(source, source_path)
         same_repo = source.repo == self.repo
         if entry.lfs is not None and (same_repo or entry.xet_hash):
             self._operations.append(
@@ -149,11 +140,6 @@ class HubUpload:
         ref = ModelRef(repo=self.repo, revision=self._revision, path=None)
         return PinnedRef(repo=self.repo, commit=info.sha, path=None, ref=ref)
 
-    def _listing(self, source: PinnedRef) -> dict[str, RepoFile]:
-        if source not in self._sources:
-            self._sources[source] = list_files(source)
-        return self._sources[source]
-
     def _carry(self, path: str, source: PinnedRef, source_path: str) -> None:
         assert source.repo is not None
         with tempfile.TemporaryDirectory(prefix="hubdiff-") as folder:
@@ -178,3 +164,15 @@ class HubUpload:
                 create_pr=self._create_pr,
                 gitignore_content=_IGNORE_NOTHING,
             )
+
+
+def _describe(source: PinnedRef, path: str) -> RepoFile:
+    """A file as the Hub stores it: inside the commit, or apart from it and under which hash."""
+    assert source.repo is not None
+    repo = source.repo
+    with translated(subject(repo, source.commit, path)):
+        found = retrying(lambda: api().get_paths_info(repo, path, revision=source.commit))
+    for entry in found:
+        if isinstance(entry, RepoFile) and entry.path == path:
+            return entry
+    raise no_file(source, path)

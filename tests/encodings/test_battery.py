@@ -71,9 +71,7 @@ def _decoded(encoding: Encoding, blob: bytes | memoryview, like: np.ndarray) -> 
 @every_encoding
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", SIZES)
-def test_every_bit_comes_back(
-    encoding: Encoding, dtype: np.dtype, kind: str, count: int
-) -> None:
+def test_every_bit_comes_back(encoding: Encoding, dtype: np.dtype, kind: str, count: int) -> None:
     bits = KINDS[kind](count, dtype)
     given_bits = bits.copy()
     blob = encoding.encode(bits)
@@ -100,13 +98,9 @@ def test_all_65536_patterns_come_back(name: str) -> None:
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_array_comes_back(encoding: Encoding, dtype: np.dtype, data: st.DataObject) -> None:
-    alphabet = data.draw(
-        st.lists(st.integers(0, int(np.iinfo(dtype).max)), min_size=1, max_size=5)
-    )
+    alphabet = data.draw(st.lists(st.integers(0, int(np.iinfo(dtype).max)), min_size=1, max_size=5))
     runs = data.draw(
-        st.lists(
-            st.tuples(st.sampled_from(alphabet), st.integers(1, 700)), min_size=1, max_size=12
-        )
+        st.lists(st.tuples(st.sampled_from(alphabet), st.integers(1, 700)), min_size=1, max_size=12)
     )
     bits = np.concatenate([np.full(length, symbol, dtype) for symbol, length in runs])
     np.testing.assert_array_equal(_decoded(encoding, encoding.encode(bits), bits), bits)
@@ -171,10 +165,11 @@ def test_a_blob_must_end_where_it_ends(encoding: Encoding, dtype: np.dtype, kind
 
 
 @every_encoding
-@pytest.mark.parametrize("kind", ["random", "skewed", "sparse"])
+@pytest.mark.parametrize("kind", ["random", "skewed"])
 def test_another_length_than_declared_is_refused(
     encoding: Encoding, dtype: np.dtype, kind: str
 ) -> None:
+    """Blobs that say "the rest is unchanged" can't know; the tensor's hash covers those."""
     blob = encoding.encode(KINDS[kind](5000, dtype))
     for count in (1, 2500, 4999, 5001, SEGMENT):
         with pytest.raises(CorruptPayload):

@@ -12,6 +12,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
@@ -22,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from .broken import broken_send
-from .faults import BODY_FAULTS, Fault
+from .faults import BODY_FAULTS, STATUSES, Fault
 from .log import LogRecord
 from .refusal import Refusal, bad_request
 from .repo import Repo
@@ -31,7 +32,6 @@ from .state import Hub
 logger = logging.getLogger("hubdiff.devhub")
 
 BAD_TOKEN = "Invalid credentials in Authorization header"
-MAX_BODY_BYTES = 256 << 20
 
 
 @dataclass
@@ -110,15 +110,13 @@ class Endpoint:
             range=request.headers.get("range"),
         )
         self.hub.log.add(record)
-        fault = self.hub.faults.take(request.method, _target(scope))
-        if fault is not None:
-            record.fault = fault.kind
-            if fault.kind in BODY_FAULTS:
-                send = broken_send(send, fault, scope)
+        fault = self.hub.faults.find(BODY_FAULTS, request.method, _target(scope))
+        if fault is not None and request.method != "HEAD":
+            send = broken_send(send, fault, scope, partial(self._fires, fault, record))
         send = _recording(send, record)
         call = Call(self.hub, request, params, None, record)
         try:
-            response = await self._respond(call, fault)
+            response = await self._respond(call)
             response.headers["X-Request-Id"] = uuid.uuid4().hex
             await response(scope, receive, send)
         except (ClientDisconnect, ConnectionError):
@@ -127,11 +125,17 @@ class Endpoint:
             if call.upload is not None:
                 call.upload.unlink(missing_ok=True)
 
-    async def _respond(self, call: Call, fault: Fault | None) -> Response:
+    def _fires(self, fault: Fault, record: LogRecord) -> bool:
+        if fires := self.hub.faults.fire(fault):
+            record.fault = fault.kind
+        return fires
+
+    async def _respond(self, call: Call) -> Response:
         try:
-            if fault is not None and fault.kind not in BODY_FAULTS:
-                raise _status_fault(fault)
             await self._read(call)
+            fault = self.hub.faults.find(STATUSES, call.request.method, _target(call.request.scope))
+            if fault is not None and self._fires(fault, call.record):
+                raise _status_fault(fault)
             answer = await run_in_threadpool(self._handle, call)
         except Refusal as refusal:
             return _refused(refusal)
@@ -173,7 +177,9 @@ def authenticate(hub: Hub, request: Request) -> str | None:
 
 def _refused(refusal: Refusal) -> Response:
     headers = dict(refusal.headers)
-    headers["X-Error-Message"] = refusal.message.replace("\n", " ").encode("ascii", "replace").decode()
+    headers["X-Error-Message"] = (
+        refusal.message.replace("\n", " ").encode("ascii", "replace").decode()
+    )
     if refusal.code is not None:
         headers["X-Error-Code"] = refusal.code
     return JSONResponse({"error": refusal.message}, refusal.status, headers)

@@ -1,0 +1,319 @@
+"""push-delta: Δ = tuned − base, published as a repo or a folder of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hubdiff._version import __version__
+from hubdiff.card import PICTURE, delta_card
+from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from hubdiff.errors import CannotDiff
+from hubdiff.extract import Extracted, extract
+from hubdiff.facts import facts
+from hubdiff.files import FileTree, open_tree
+from hubdiff.hashing import check_hash, hash_bytes
+from hubdiff.lineage import code_provenance
+from hubdiff.manifest import FileRecord, Manifest, NotCarried, Side, TensorRecord, TunedFile
+from hubdiff.pair import HEADS, Filters, Pair, pair_models
+from hubdiff.picture import layer_picture
+from hubdiff.progress import Progress, Silent
+from hubdiff.refs import ModelRef
+from hubdiff.sidecars import NotCarried as StaysBehind
+from hubdiff.sidecars import classify
+from hubdiff.writer import DELTA, Sink, open_sink
+
+DELTA_INDEX = "delta.safetensors.index.json"
+BASE_CONFIGS = ("config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What push-delta did, or with ``dry_run`` would do (sizes of the delta are then unknown).
+    ``where`` is the repo or folder; ``url`` the commit's page, ``pr_url`` the pull request's."""
+
+    where: str
+    base: str
+    tuned: str
+    dry_run: bool
+    tuned_bytes: int
+    base_bytes: int
+    files: tuple[FileRecord, ...] = ()
+    seconds: float = 0.0
+    url: str | None = None
+    commit: str | None = None
+    pr_url: str | None = None
+    manifest: Manifest | None = None
+
+    @property
+    def delta_bytes(self) -> int:
+        """Bytes of the layer files."""
+        if self.manifest is None:
+            return 0
+        return sum(file.size for files in self.manifest.layers.values() for file in files)
+
+    def as_json(self) -> dict[str, Any]:
+        document = {
+            "where": self.where,
+            "base": self.base,
+            "tuned": self.tuned,
+            "dry_run": self.dry_run,
+            "read": {"tuned": self.tuned_bytes, "base": self.base_bytes},
+        }
+        if not self.dry_run:
+            document |= {
+                "delta_bytes": self.delta_bytes,
+                "files": [asdict(file) for file in self.files],
+                "seconds": round(self.seconds, 3),
+                "url": self.url,
+                "commit": self.commit,
+                "pr_url": self.pr_url,
+            }
+        return document
+
+
+def push_delta(
+    tuned: str | Path,
+    repo: str | Path,
+    *,
+    base: str | Path | None = None,
+    plain: bool = False,
+    tuned_master: str | Path | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    private: bool = False,
+    pr: bool = False,
+    force: bool = False,
+    cache: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Pushed:
+    """Publish Δ = ``tuned`` − ``base`` as ``repo``.
+
+    Args:
+        tuned, base: refs (``org/name``, ``org/name@revision``, ``hf://…``) or folders. ``base``
+            defaults to the ``base_model`` of tuned's card.
+        repo: where to publish; a path writes the same files into that folder instead.
+        plain: dense tensors in the model's dtype instead of the packed encoding.
+        tuned_master: the same fine-tune in float32; a better Δ for transfer at small learning
+            rates. Own-base rebuilds still give ``tuned``, bit by bit.
+        include, exclude: globs on base tensor names. Such a delta can't rebuild ``tuned``.
+        force: replace a folder that exists.
+        cache: keep what is downloaded in the local Hub cache.
+
+    Raises ``HubdiffError``. Peak memory does not depend on the size of the models.
+    """
+    began = time.monotonic()
+    progress = progress or Silent()
+    destination = ModelRef.parse(repo)
+    tuned_tree = open_tree(ModelRef.parse(tuned), cache=cache)
+    base_ref = ModelRef.parse(base) if base is not None else _base_from_card(tuned_tree)
+    master_ref = ModelRef.parse(tuned_master) if tuned_master is not None else None
+    with ExitStack() as stack:
+        one, other, master = (
+            stack.enter_context(open_checkpoint(tree)) if tree else None
+            for tree in (
+                tuned_tree,
+                open_tree(base_ref, cache=cache),
+                open_tree(master_ref, cache=cache) if master_ref else None,
+            )
+        )
+        assert one is not None
+        assert other is not None
+        pair = pair_models(one, other, master, Filters(tuple(include), tuple(exclude)))
+        plan = _plan(pair, destination, dry_run)
+        if dry_run:
+            return plan
+        with open_sink(destination, DELTA, force=force, private=private, pr=pr) as sink:
+            push = _Push(pair, sink, destination, progress)
+            manifest = push.run(plain)
+            published = sink.publish(f"Delta of {_name(one.tree)} over {_name(other.tree)}")
+    return replace(
+        plan,
+        where=published.where,
+        files=tuple(push.files),
+        seconds=time.monotonic() - began,
+        url=published.url,
+        commit=published.commit,
+        pr_url=published.pr_url,
+        manifest=manifest,
+    )
+
+
+def _plan(pair: Pair, destination: ModelRef, dry_run: bool) -> Pushed:
+    return Pushed(
+        where=str(destination),
+        base=str(pair.base.tree.pin),
+        tuned=str(pair.tuned.tree.pin),
+        dry_run=dry_run,
+        tuned_bytes=sum(header.file_size for header in pair.tuned.shards.values()),
+        base_bytes=sum(p.base.entry.nbytes for p in pair.tensors.values() if p.base),
+    )
+
+
+def _base_from_card(tuned: FileTree) -> ModelRef:
+    named = facts(tuned).base_model
+    if len(named) == 1:
+        return ModelRef.parse(named[0])
+    found = f"names {len(named)} base models" if named else "names no base_model"
+    raise CannotDiff(f"the card of {tuned.pin} {found}", next_step="Say which one with --base.")
+
+
+def _name(tree: FileTree) -> str:
+    """What people call a model: its repo, or the folder's own name (never its path)."""
+    if tree.pin.repo is not None:
+        return tree.pin.repo
+    assert tree.pin.path is not None
+    return tree.pin.path.resolve().name
+
+
+class _Push:
+    """One delta in the making: fills a sink, remembers what went in."""
+
+    def __init__(self, pair: Pair, sink: Sink, destination: ModelRef, progress: Progress) -> None:
+        self._pair, self._sink = pair, sink
+        self._destination, self._progress = destination, progress
+        self.files: list[FileRecord] = []
+
+    def run(self, plain: bool) -> Manifest:
+        extracted = extract(self._pair, self._sink.staging, plain=plain, progress=self._progress)
+        for files in extracted.layers.values():
+            for record in files:
+                self._sink.finish(record)
+                self.files.append(record)
+        if extracted.weight_map:
+            self._put(DELTA_INDEX, _index(extracted))
+        tuned_files, not_carried = self._tuned_side_files()
+        self._base_configs()
+        manifest = self._manifest(extracted, tuned_files, not_carried)
+        document = json.loads(manifest.to_json())
+        self._put(PICTURE, _picture(document))
+        self._put("README.md", self._card(document))
+        self._put(MANIFEST, manifest.to_json().encode())
+        return manifest
+
+    def _put(self, path: str, data: bytes) -> FileRecord:
+        record = self._sink.put(path, data)
+        self.files.append(record)
+        return record
+
+    def _tuned_side_files(self) -> tuple[list[TunedFile], list[NotCarried]]:
+        """Store what tuned has besides its weights, unless the base has the very same file."""
+        tree, base = self._pair.tuned.tree, self._pair.base.tree
+        carried: list[TunedFile] = []
+        not_carried: list[NotCarried] = []
+        for path, info in sorted(tree.files().items()):
+            if path in self._pair.tuned.shards:
+                continue
+            verdict = classify(path, info.size, self._pair.tuned.shards)
+            if isinstance(verdict, StaysBehind):
+                not_carried.append(NotCarried(path, info.size, verdict.reason))
+                continue
+            data = tree.read_bytes(path)
+            record = FileRecord(path, len(data), hash_bytes(data))
+            check_hash(record.sha256, info.sha256, f"{tree.pin}/{path}")
+            same = _is_same(record, base)
+            if not same:
+                self._put(f"tuned/{path}", data)
+            carried.append(TunedFile(**vars(record), source="base" if same else "delta"))
+        return carried, not_carried
+
+    def _base_configs(self) -> None:
+        """The base's configs: the third side of a three-way merge on another target."""
+        base = self._pair.base.tree
+        for path in BASE_CONFIGS:
+            if path in base.files():
+                self._put(f"base/{path}", base.read_bytes(path))
+
+    def _manifest(
+        self, extracted: Extracted, side: list[TunedFile], not_carried: list[NotCarried]
+    ) -> Manifest:
+        pair = self._pair
+        weights = [
+            TunedFile(**vars(record), source="weights", header=pair.tuned.shards[record.path].raw)
+            for record in extracted.weights
+        ]
+        folder = pair.tuned.tree.pin.path
+        provenance = code_provenance(folder) if folder is not None else None
+        return Manifest(
+            hubdiff_version=__version__,
+            base=_side(pair.base, extracted.base_files),
+            tuned=_side(pair.tuned, ()),
+            tuned_files=(*weights, *side),
+            not_carried=tuple(not_carried),
+            tensors=extracted.tensors,
+            removed=pair.removed,
+            layers=extracted.layers,
+            side_files=tuple(
+                record for record in self.files if record.path.startswith(("tuned/", "base/"))
+            ),
+            rename=pair.rename,
+            aliases=_aliases(extracted.tensors),
+            not_portable_reason=pair.not_portable_reason,
+            filters=asdict(pair.filters) if pair.filters else None,
+            master=_side(pair.master, ()) if pair.master else None,
+            provenance=asdict(provenance) if provenance else None,
+        )
+
+    def _card(self, document: dict[str, Any]) -> bytes:
+        card = delta_card(
+            document,
+            repo=self._destination.repo,
+            name=self._destination.path.name if self._destination.path else None,
+            tuned_card=facts(self._pair.tuned.tree).card_data,
+            base_card=facts(self._pair.base.tree).card_data,
+        )
+        return str(card).encode()
+
+
+def _is_same(record: FileRecord, base: FileTree) -> bool:
+    """Whether the base has this file. Small files have no listed hash, so sizes go first."""
+    info = base.files().get(record.path)
+    if info is None or info.size != record.size:
+        return False
+    return record.sha256 == (info.sha256 or hash_bytes(base.read_bytes(record.path)))
+
+
+def _side(checkpoint: Checkpoint, files: tuple[FileRecord, ...]) -> Side:
+    pin, known = checkpoint.tree.pin, facts(checkpoint.tree)
+    return Side(
+        name=_name(checkpoint.tree),
+        repo=pin.repo,
+        revision=pin.ref.revision,
+        commit=pin.commit,
+        licence=known.licence,
+        gated=known.gated,
+        files=files,
+    )
+
+
+def _aliases(records: Sequence[TensorRecord]) -> dict[str, str]:
+    """Output heads that are the input embedding, bit for bit, before and after the tune."""
+    aliases = {}
+    for head in records:
+        if not head.tuned_name.endswith(HEADS):
+            continue
+        for other in records:
+            same = other.name != head.name and other.tuned == head.tuned
+            if same and other.shape == head.shape and head.base in (None, other.base):
+                aliases[head.name] = other.name
+                break
+    return aliases
+
+
+def _index(extracted: Extracted) -> bytes:
+    total = sum(file.size for file in extracted.layers["delta"])
+    index = {"metadata": {"total_size": total}, "weight_map": extracted.weight_map}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _picture(document: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    layer_picture(document["tensors"], file)
+    return file.getvalue()

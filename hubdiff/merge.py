@@ -1,0 +1,329 @@
+"""Running a plan: stream the target's tensors, add Δ, write, and check every hash on the way.
+
+Blocks of the result are made in parallel and taken in order. Nothing is finished before it is
+verified: payloads against the manifest's blake3, the target's files against the sha256 the Hub
+lists, and on the own base every tensor of the base and every file of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from hubdiff import numerics
+from hubdiff.delta import SpanPayload, decode_layers, difference_of
+from hubdiff.errors import CorruptPayload, IntegrityError, WrongBase
+from hubdiff.files import ByteReader
+from hubdiff.hashing import FileHashes, Lane, StreamHash, check_hash, tensor_hash
+from hubdiff.manifest import GROUPS, FileRecord, Part, TensorRecord
+from hubdiff.plan import OWN_BASE, MergePlan, Step, WeightsFile, WholeFile
+from hubdiff.progress import Progress
+from hubdiff.stream import (
+    Block,
+    Range,
+    Span,
+    blocks,
+    read_ranges,
+    run_ordered,
+    span_range,
+    unit_dtype,
+    workers_for,
+)
+from hubdiff.writer import OutputFile, Sink
+
+if TYPE_CHECKING:
+    from blake3 import blake3
+
+_COPY = 8 << 20
+
+
+def run(plan: MergePlan, sink: Sink, device: torch.device, progress: Progress) -> list[FileRecord]:
+    """Make every file of the plan in ``sink``; the caller publishes it. Returns the files written
+    here (not those the Hub copies). Raises ``IntegrityError``, ``CorruptPayload`` or ``WrongBase``
+    when bytes are not what they should be; then nothing may be published."""
+    progress.start("merging", plan.writes)
+    records: list[FileRecord] = []
+    index_last = sorted(plan.files, key=lambda file: file.path.endswith(".index.json"))
+    for weights in plan.weights:
+        records.append(_weights(plan, weights, sink, device, progress))
+    for whole in index_last:
+        record = _whole(plan, whole, sink)
+        if record is not None:
+            records.append(record)
+        progress.advance(whole.size)
+    progress.finish()
+    return records
+
+
+# --- whole files ---
+
+
+def _whole(plan: MergePlan, file: WholeFile, sink: Sink) -> FileRecord | None:
+    if file.data is not None:
+        return sink.done(file.path) or sink.put(file.path, file.data)
+    assert file.source is not None
+    tree = plan.target.tree if file.origin == "target" else plan.delta.tree
+    if sink.copies_from(tree.pin):
+        sink.copy(file.path, tree.pin, file.source)
+        return None
+    finished = sink.done(file.path)
+    if finished is not None:
+        return finished
+    with tree.open(file.source) as reader:
+        record = _copy(reader, file, sink, f"{tree.pin}/{file.source}")
+    sink.finish(record)
+    return record
+
+
+def _copy(reader: ByteReader, file: WholeFile, sink: Sink, where: str) -> FileRecord:
+    if reader.size != file.size:
+        raise IntegrityError(
+            f"{where} has {reader.size:,} bytes, expected {file.size:,}",
+            next_step="The file changed or was cut short; fetch it again.",
+        )
+    output = sink.open(file.path, file.size)
+    stream = StreamHash(file.size)
+    try:
+        for offset in range(0, file.size, _COPY):
+            buffer = np.empty(min(_COPY, file.size - offset), np.uint8).data
+            reader.read_into(offset, buffer)
+            output.write_at(offset, buffer)
+            stream.update(offset, buffer)
+    finally:
+        output.close()
+    digest = stream.digest() or ""
+    check_hash(digest, file.sha256, where)
+    return FileRecord(file.path, file.size, digest)
+
+
+# --- weights ---
+
+
+def _weights(
+    plan: MergePlan, file: WeightsFile, sink: Sink, device: torch.device, progress: Progress
+) -> FileRecord:
+    finished = sink.done(file.path)
+    if finished is not None and file.sha256 in (None, finished.sha256):
+        progress.advance(finished.size)
+        return finished
+    output = sink.open(file.path, file.header.file_size)
+    try:
+        output.write_at(0, file.header.raw)
+        maker = _Maker(plan, file, output, device)
+        with Lane() as ours, Lane() as theirs:
+            checker = _Checker(plan, file, ours, theirs, progress)
+            run_ordered(
+                blocks(file.path, file.header),
+                maker.make,
+                checker.take,
+                workers_for(remote=plan.remote),
+            )
+            record = checker.finish()
+    finally:
+        output.close()
+    sink.finish(record)
+    return record
+
+
+@dataclass(frozen=True)
+class _Payload:
+    """The encoded bytes of one part for one span."""
+
+    where: SpanPayload
+    view: memoryview
+
+
+@dataclass(frozen=True)
+class _Made:
+    """One span of the result with all that went into it, for the checks."""
+
+    span: Span
+    step: Step
+    result: memoryview
+    source: memoryview | None
+    payloads: list[_Payload]
+
+
+class _Maker:
+    """Makes blocks of one file of the result and writes them. Threads share it."""
+
+    def __init__(
+        self, plan: MergePlan, file: WeightsFile, output: OutputFile, device: torch.device
+    ) -> None:
+        self._plan, self._file, self._output, self._device = plan, file, output, device
+        self._delta = plan.delta
+
+    def make(self, block: Block) -> list[_Made]:
+        steps = [(span, self._file.steps[span.entry.name]) for span in block.spans]
+        wanted = {span: span_range(span, s.source) for span, s in steps if s.source}
+        sources = read_ranges(self._plan.target, wanted.values())
+        payloads = self._payloads(steps)
+        made = []
+        for span, step in steps:
+            source = sources[wanted[span]] if step.source else None
+            result = self._result(span, step, source, payloads[span])
+            self._output.write_at(span.begin, result)
+            made.append(_Made(span, step, result, source, payloads[span]))
+        return made
+
+    def _payloads(self, steps: list[tuple[Span, Step]]) -> dict[Span, list[_Payload]]:
+        """The encoded bytes of every span; neighbours in a layer file are read together."""
+        payloads: dict[Span, list[_Payload]] = {span: [] for span, _ in steps}
+        for group in GROUPS:
+            wanted = [
+                (span, self._delta.payload(part, span, self._read_from(group)))
+                for span, step in steps
+                if group in step.groups and step.record
+                if (part := self._delta.placed(step.record, group))
+            ]
+            views = read_ranges(self._delta.layer(group), (where.range for _, where in wanted))
+            for span, where in wanted:
+                payloads[span].append(_Payload(where, views[where.range]))
+        return payloads
+
+    def _read_from(self, group: str) -> Callable[[Range], memoryview]:
+        return lambda place: read_ranges(self._delta.layer(group), [place])[place]
+
+    def _result(
+        self, span: Span, step: Step, source: memoryview | None, payloads: list[_Payload]
+    ) -> memoryview:
+        if not payloads and source is not None:
+            return source
+        out = np.empty(span.units, unit_dtype(span.entry.dtype))
+        given = None
+        if source is not None and step.source is not None:
+            given = np.frombuffer(source, unit_dtype(step.source.entry.dtype))
+        blobs = [payload.where.blobs(payload.view, span) for payload in payloads]
+        parts = [payload.where.part.part for payload in payloads]
+        for (segment, where), *found in zip(span.segments(), *blobs, strict=True):
+            name = f"{self._delta.tree.pin}, tensor {span.entry.name}, segment {segment}"
+            layers: dict[str, np.ndarray | None] = {}
+            for part, here in zip(parts, found, strict=True):
+                layers |= decode_layers(part, here, where.stop - where.start, name)
+            target = None if given is None else given[where]
+            out[where] = self._segment(step, target, parts, layers)
+        return out.view(np.uint8).data
+
+    def _segment(
+        self,
+        step: Step,
+        target: np.ndarray | None,
+        parts: list[Part],
+        layers: dict[str, np.ndarray | None],
+    ) -> np.ndarray:
+        """The bits of one segment of the result."""
+        if "raw" in layers:
+            raw = layers["raw"]
+            if raw is None and target is None:
+                raise CorruptPayload(f"{self._delta.tree.pin}: a segment has no bytes at all")
+            chosen = target if raw is None else raw
+            assert chosen is not None
+            return chosen
+        assert target is not None
+        assert step.source is not None
+        source_dtype, dtype = step.source.entry.dtype, step.entry.dtype
+        given = numerics.from_bits(target, source_dtype)
+        carrier = next((part for part in parts if {"hi", "lo"} & set(part.layers)), None)
+        delta = difference_of(carrier, layers) if carrier else None
+        if delta is not None:
+            result = self._add(given, delta, dtype)
+        else:
+            result = given if source_dtype == dtype else given.to(numerics.DTYPES[dtype])
+        ulp = layers.get("ulp")
+        if ulp is not None:
+            zigzagged = torch.from_numpy(ulp.view(f"<i{ulp.itemsize}"))
+            result = numerics.correct(result, zigzagged)
+        return numerics.to_bits(result)
+
+    def _add(self, given: torch.Tensor, delta: numerics.Difference, dtype: str) -> torch.Tensor:
+        moved = numerics.Difference(
+            delta.hi.to(self._device), None if delta.lo is None else delta.lo.to(self._device)
+        )
+        result = numerics.add(
+            given.to(self._device), moved, self._plan.scale, numerics.DTYPES[dtype]
+        )
+        return result.cpu()
+
+
+class _Checker:
+    """Takes spans in order and checks all that went in and came out."""
+
+    def __init__(
+        self, plan: MergePlan, file: WeightsFile, ours: Lane, theirs: Lane, progress: Progress
+    ) -> None:
+        self._plan, self._file, self._progress = plan, file, progress
+        self._lanes = (ours, theirs)
+        self._result = StreamHash(file.header.file_size)
+        self._result.update(0, file.header.raw)
+        self._sources = FileHashes(plan.target)
+        self._own_base = plan.case == OWN_BASE
+        self._tensor: blake3 = tensor_hash()
+        self._tensors: dict[str, str] = {}
+        self._payloads: dict[str, blake3] = {}
+        self._listed = {path for path, info in plan.target.tree.files().items() if info.sha256}
+
+    def take(self, block: Block, made: list[_Made]) -> None:
+        for lane in self._lanes:
+            lane.catch_up()
+        for item in made:
+            self._lanes[0].feed(self._result, item.span.begin, item.result)
+            self._take_source(item)
+            self._take_payloads(item)
+        self._progress.advance(block.nbytes)
+
+    def _take_source(self, item: _Made) -> None:
+        if item.source is None or item.step.source is None:
+            return
+        place = span_range(item.span, item.step.source)
+        if not self._own_base and place.file in self._listed:
+            self._lanes[1].feed(self._sources.stream(place.file), place.begin, item.source)
+        self._tensor.update(item.source)
+        if item.span.last:
+            name, digest = item.step.source.entry.name, self._tensor.hexdigest()
+            self._tensors[name] = digest
+            self._tensor = tensor_hash()
+            if self._own_base and item.step.record is not None:
+                self._check_base(item.step.record, digest)
+
+    def _check_base(self, record: TensorRecord, digest: str) -> None:
+        if digest == record.base:
+            return
+        if self._plan.proved:
+            check_hash(digest, record.base, f"{self._plan.target.tree.pin}, tensor {record.name}")
+        raise WrongBase(
+            f"{record.name} of {self._plan.target.tree.pin} is not that of the delta's base "
+            f"{self._plan.delta.manifest.base.name}",
+            next_step="Give the very base that the delta was made from.",
+        )
+
+    def _take_payloads(self, item: _Made) -> None:
+        for payload in item.payloads:
+            part, index = payload.where.part, payload.where.index
+            group = part.part.group
+            if group not in self._payloads:
+                self._payloads[group] = tensor_hash()
+                self._payloads[group].update(index.raw if index else b"")
+            self._payloads[group].update(payload.view)
+            if item.span.last:
+                name = f"{self._plan.delta.tree.pin}, {group} layer of {part.placed.entry.name}"
+                check_hash(self._payloads.pop(group).hexdigest(), part.part.blake3, name)
+
+    def finish(self) -> FileRecord:
+        for lane in self._lanes:
+            lane.catch_up()
+        if not self._own_base:
+            self._check_sources()
+        digest = self._result.digest() or ""
+        where = f"the rebuilt {self._file.path}"
+        check_hash(digest, self._file.sha256, where)
+        return FileRecord(self._file.path, self._file.header.file_size, digest)
+
+    def _check_sources(self) -> None:
+        """The target's file, against the sha256 the Hub lists for it."""
+        used = {step.source.file for step in self._file.steps.values() if step.source}
+        for file in sorted(used & self._listed):
+            self._sources.check(file, self._tensors)

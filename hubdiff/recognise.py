@@ -1,0 +1,81 @@
+"""Is the target the delta's own base? Decided by content, never by name.
+
+First by the sha256 that the Hub lists for the base's weight files. Where nothing is listed, or the
+weights were saved anew, by the first bytes of the tensors: one that differs settles it. When all
+agree the rebuild goes ahead and every tensor's whole fingerprint is checked as it is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hubdiff.checkpoint import Checkpoint
+from hubdiff.delta import Delta
+from hubdiff.hashing import tensor_hash
+from hubdiff.manifest import TensorRecord
+
+# A tensor costs one request on the Hub; sixteen spread over the model tell any two models apart.
+REMOTE_PROBES = 16
+PROBE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``reason`` says, for people, how it was decided; ``proved`` that no tensor needs a look."""
+
+    own_base: bool
+    proved: bool
+    reason: str
+
+
+def recognise(delta: Delta, target: Checkpoint) -> Verdict:
+    """Compare target and base. Reads a few KB at the most."""
+    missing = _missing_side_file(delta, target)
+    if missing:
+        return Verdict(False, True, f"it lacks {missing}, which the own base has")
+    if _same_files(delta, target):
+        return Verdict(True, True, "its weight files have the base's sha256")
+    records = [record for record in delta.manifest.tensors if not record.added]
+    for record in records:
+        placed = target.tensors.get(record.name)
+        if placed is None:
+            return Verdict(False, True, f"it has no tensor {record.name}")
+        if (placed.entry.dtype, placed.entry.shape) != (record.base_dtype, record.shape):
+            return Verdict(False, True, f"{record.name} has another dtype or shape")
+    for record in _probes(records, target):
+        if not _probe_matches(record, target):
+            return Verdict(False, True, f"{record.name} differs from the base's")
+    return Verdict(True, False, "its tensors have the base's fingerprints")
+
+
+def _missing_side_file(delta: Delta, target: Checkpoint) -> str | None:
+    """A file that the rebuild would take from the base and the target does not have."""
+    listed = target.tree.files()
+    for file in delta.manifest.tuned_files:
+        if file.source == "base":
+            info = listed.get(file.path)
+            if info is None or info.size != file.size or info.sha256 not in (None, file.sha256):
+                return file.path
+    return None
+
+
+def _same_files(delta: Delta, target: Checkpoint) -> bool:
+    listed = {target.tree.files()[file].sha256 for file in target.shards}
+    return all(file.sha256 in listed for file in delta.manifest.base.files)
+
+
+def _probes(records: list[TensorRecord], target: Checkpoint) -> list[TensorRecord]:
+    if not any(target.tree.is_remote(file) for file in target.shards):
+        return records
+    step = max(1, len(records) // REMOTE_PROBES)
+    return records[::step]
+
+
+def _probe_matches(record: TensorRecord, target: Checkpoint) -> bool:
+    placed = target.tensors[record.name]
+    start = bytearray(min(PROBE_BYTES, placed.entry.nbytes))
+    if start:
+        target.reader(placed.file).read_into(placed.entry.begin, memoryview(start))
+    digest = tensor_hash()
+    digest.update(start)
+    return digest.hexdigest() == record.probe

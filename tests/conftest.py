@@ -1,0 +1,74 @@
+"""Fixtures every test may use. No test reaches the real Hub, the user's token or the user's cache.
+
+``devhub`` is a loopback Hub with a clean request log, and this process is its user ``demo``;
+``put_repo`` uploads files to a fresh repo there with the official client, as a stranger would.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+
+import pytest
+
+# huggingface_hub reads these once, when it is imported: before anything else here.
+_HOME = tempfile.mkdtemp(prefix="hubdiff-tests-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
+for _name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+    if _name != "HF_HUB_DISABLE_XET":
+        del os.environ[_name]
+os.environ["HF_HOME"] = _HOME
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["NO_PROXY"] = "127.0.0.1"
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody answers there
+
+from huggingface_hub import CommitOperationAdd, HfApi  # noqa: E402
+
+from hubdiff.devhub import DevHub  # noqa: E402
+
+PutRepo = Callable[..., str]
+
+_numbers = count()
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[DevHub]:
+    users = {"demo": "hf_demo", "other": "hf_other"}
+    with DevHub(users=users, orgs={"org": ["demo"]}) as hub:
+        yield hub
+
+
+@pytest.fixture
+def devhub(_server: DevHub, monkeypatch: pytest.MonkeyPatch) -> DevHub:
+    _server.log.clear()
+    _server.faults.clear()
+    monkeypatch.setenv("HF_ENDPOINT", _server.url)
+    monkeypatch.setenv("HF_TOKEN", _server.token("demo"))
+    return _server
+
+
+@pytest.fixture
+def new_name(devhub: DevHub) -> Callable[[], str]:
+    """Names of repos that don't exist yet, in a namespace that ``demo`` may write to."""
+    return lambda: f"org/repo-{next(_numbers)}"
+
+
+@pytest.fixture
+def put_repo(devhub: DevHub, new_name: Callable[[], str]) -> PutRepo:
+    """Upload ``{path: bytes}`` to a repo (a fresh one unless named); its name. The log is cleared
+    after: what a test finds there is what it did itself."""
+
+    def put(files: Mapping[str, bytes], repo: str | None = None, *, private: bool = False) -> str:
+        repo = repo or new_name()
+        api = HfApi(endpoint=devhub.url, token=devhub.token("demo"))
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        operations = [CommitOperationAdd(path, data) for path, data in files.items()]
+        api.create_commit(repo, operations, commit_message="put")
+        devhub.log.clear()
+        return repo
+
+    return put

@@ -1,0 +1,222 @@
+"""The variants of ``packed``: which is chosen, how small it gets, what a reader refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import tracemalloc
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hubdiff.encodings import ENCODINGS, SEGMENT
+from hubdiff.errors import CorruptPayload
+
+PACKED = ENCODINGS["packed"]
+CONSTANT, DIRECT, RANKS, GAPS, WIDE_GAPS = range(5)
+UNCHANGED = 0x8000
+
+Delta = Callable[[int, float], np.ndarray]
+
+
+def _order0_bytes(bits: np.ndarray) -> float:
+    shares = np.unique(bits, return_counts=True)[1] / bits.size
+    return float(-(shares * np.log2(shares)).sum() * bits.size / 8)
+
+
+def _decode(blob: bytes, count: int) -> np.ndarray:
+    out = np.empty(count, np.uint16)
+    PACKED.decode(blob, out)
+    return out
+
+
+def _at(positions: list[int], count: int) -> np.ndarray:
+    bits = np.full(count, UNCHANGED, np.uint16)
+    bits[positions] = np.arange(len(positions)) % 7 + 1
+    return bits
+
+
+@pytest.mark.parametrize(
+    ("step", "unchanged", "variant", "bound"),
+    [
+        (2e-7, 0.9975, WIDE_GAPS, 1.3),
+        (1.7e-5, 0.80, GAPS, 1.07),
+        (6.5e-5, 0.45, RANKS, 1.07),
+        (2.2e-4, 0.16, RANKS, 1.07),
+        (1.2e-3, 0.03, RANKS, 1.07),
+        (4e-3, 0.01, RANKS, 1.07),
+    ],
+)
+def test_differences_come_close_to_their_entropy(
+    bf16_delta: Delta, step: float, unchanged: float, variant: int, bound: float
+) -> None:
+    bits = bf16_delta(SEGMENT, step)
+    assert float(np.mean(bits == UNCHANGED)) == pytest.approx(unchanged, abs=0.01)
+    blob = PACKED.encode(bits)
+    assert blob[0] == variant
+    assert len(blob) < bound * _order0_bytes(bits)
+
+
+@pytest.mark.parametrize(("share", "bound"), [(5e-4, 1.3), (2e-3, 1.15), (1e-2, 1.07)])
+def test_sparse_tails_and_residuals_come_close_too(share: float, bound: float) -> None:
+    rng = np.random.default_rng(3)
+    steps = 2 * rng.geometric(0.65, SEGMENT) - (rng.random(SEGMENT) < 0.5)  # zig-zag, mostly ±1
+    bits = np.where(rng.random(SEGMENT) < share, steps, 0).astype(np.uint16)
+    assert len(PACKED.encode(bits)) < bound * _order0_bytes(bits)
+
+
+def test_weights_themselves_are_cut_into_planes() -> None:
+    rng = np.random.default_rng(0)
+    weights = (rng.normal(0, 0.02, 1 << 18).astype(np.float32).view(np.uint32) >> 16).astype(
+        np.uint16
+    )
+    blob = PACKED.encode(weights)
+    assert blob[0] == DIRECT
+    assert len(blob) < 0.68 * weights.nbytes
+
+
+def test_an_unchanged_segment_is_three_bytes() -> None:
+    blob = PACKED.encode(np.full(SEGMENT, UNCHANGED, np.uint16))
+    assert blob == struct.pack("<BH", CONSTANT, UNCHANGED)
+
+
+def test_changes_in_one_column_of_a_matrix_are_sparse() -> None:
+    """The common symbol is found by sampling: regular patterns must not fool it."""
+    for columns in (16, 256, 1024, 4096):
+        bits = np.full(SEGMENT, UNCHANGED, np.uint16)
+        bits[::columns] = 0x3C00
+        assert PACKED.encode(bits)[0] in (GAPS, WIDE_GAPS)
+
+
+@pytest.mark.parametrize("gap", [0, 1, 253, 254, 255, 256, 509, 510, 511, 65_535, 65_536, 300_000])
+@pytest.mark.parametrize("first", [0, 254, 255, 70_000])
+def test_every_size_of_gap(gap: int, first: int) -> None:
+    positions = [first, first + 1 + gap, first + 2 + gap]
+    for count in (positions[-1] + 1, positions[-1] + 400):
+        bits = _at(positions, max(6, count))
+        np.testing.assert_array_equal(_decode(PACKED.encode(bits), bits.size), bits)
+
+
+@given(positions=st.sets(st.integers(0, 39_999), min_size=1, max_size=300))
+@settings(max_examples=80, deadline=None)
+def test_any_positions_come_back(positions: set[int]) -> None:
+    bits = _at(sorted(positions), 40_000)
+    blob = PACKED.encode(bits)
+    assert blob[0] in (GAPS, WIDE_GAPS)
+    np.testing.assert_array_equal(_decode(blob, bits.size), bits)
+
+
+@pytest.mark.parametrize("share", [0.0005, 0.01, 0.03, 0.09, 0.11, 0.3, 0.5, 0.51, 0.9])
+def test_every_density_comes_back(share: float) -> None:
+    """Positions are found in two ways, by density; both are exact."""
+    rng = np.random.default_rng(5)
+    bits = np.full(100_003, UNCHANGED, np.uint16)
+    hits = rng.random(bits.size) < share
+    bits[hits] = rng.geometric(0.01, int(hits.sum()))
+    np.testing.assert_array_equal(_decode(PACKED.encode(bits), bits.size), bits)
+
+
+def test_escapes_at_every_density_come_back() -> None:
+    rng = np.random.default_rng(6)
+    for share in (0.001, 0.05, 0.2):
+        bits = rng.integers(0, 250, 100_001).astype(np.uint16)
+        rare = rng.random(bits.size) < share
+        bits[rare] = rng.integers(1000, 60_000, int(rare.sum()))
+        blob = PACKED.encode(bits)
+        assert blob[0] == RANKS
+        np.testing.assert_array_equal(_decode(blob, bits.size), bits)
+
+
+# Blobs by hand, from FORMAT.md: what is right is read, what is wrong is refused.
+
+
+def _raw(data: bytes) -> bytes:
+    return struct.pack("<II", len(data), len(data)) + data
+
+
+def _symbols(*symbols: int) -> bytes:
+    rotated = [(s << 1 | s >> 15) & 0xFFFF for s in symbols]
+    return _raw(bytes(r & 0xFF for r in rotated)) + _raw(bytes(r >> 8 for r in rotated))
+
+
+def _direct(*symbols: int) -> bytes:
+    return bytes([DIRECT]) + _symbols(*symbols)
+
+
+def _ranks(size: int, ranks: bytes, *symbols: int) -> bytes:
+    return bytes([RANKS, size]) + _raw(ranks) + _symbols(*symbols)
+
+
+def _gaps(others: int, coarse: bytes, values: bytes, fine: bytes | None = None) -> bytes:
+    variant = GAPS if fine is None else WIDE_GAPS
+    head = struct.pack("<BHI", variant, UNCHANGED, others)
+    return head + _raw(coarse) + (b"" if fine is None else _raw(fine)) + values
+
+
+@pytest.mark.parametrize(
+    ("blob", "expected"),
+    [
+        (struct.pack("<BH", CONSTANT, 5), [5, 5, 5]),
+        (_direct(1, 0x8001, 0xFFFF), [1, 0x8001, 0xFFFF]),
+        (_ranks(2, b"\x00\x01\x00", 7, 9), [7, 9, 7]),
+        (_ranks(1, b"\xff\x00\xff", 7, 8, 9), [8, 7, 9]),
+        (_ranks(0, b"\xff\xff", 8, 9), [8, 9]),
+        (_gaps(1, b"\x02", _direct(3)), [UNCHANGED, UNCHANGED, 3, UNCHANGED]),
+        (_gaps(2, b"\x00\x01", _direct(3, 4)), [3, UNCHANGED, 4, UNCHANGED]),
+        (_gaps(1, b"\xff\x00", _direct(3)), [UNCHANGED] * 255 + [3]),
+        (_gaps(2, b"\x00\x00", _direct(3, 4), b"\x01\x00"), [UNCHANGED, 3, 4, UNCHANGED]),
+        (_gaps(1, b"\x01", _direct(3), b"\x02"), [UNCHANGED] * 258 + [3]),
+    ],
+)
+def test_blobs_written_by_hand_are_read(blob: bytes, expected: list[int]) -> None:
+    assert _decode(blob, len(expected)).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("blob", "says"),
+    [
+        (b"\x05", "variant 5"),
+        (b"\xff\x00\x00", "variant 255"),
+        (struct.pack("<BB", CONSTANT, 5), "the symbol needs 2 bytes"),
+        (_direct(1, 2), "low bytes of the symbols declares 2 bytes, expected 600"),
+        (_ranks(3, bytes([3]) * 600, 7, 8, 9), "a rank is beyond the table of 3"),
+        (_ranks(1, bytes([254]) * 600, 7), "a rank is beyond the table of 1"),
+        (_ranks(1, bytes([255]) * 600, 7), "expected 601"),
+        (_gaps(0, b"", b""), "0 others among 600"),
+        (_gaps(301, b"\x00" * 301, b""), "301 others among 600"),
+        (struct.pack("<BHI", GAPS, 0, 0xFFFFFFFF), "4294967295 others"),
+        (_gaps(2, b"\x00", b""), "the gaps declares 1 bytes, expected 2 to 4"),
+        (_gaps(1, b"\x00" * 4, b""), "the gaps declares 4 bytes, expected 1 to 3"),
+        (_gaps(1, b"\xff", _direct(3)), "the gaps are not 1"),
+        (_gaps(1, b"\x00\xff", _direct(3)), "the gaps are not 1"),
+        (_gaps(1, b"\x00\x00", _direct(3)), "the gaps are not 1"),
+        (_gaps(1, b"\xff\xff\x5a", _direct(3)), "the gaps reach element 600 of 600"),
+        (_gaps(1, b"\xfe", _direct(3), b"\x00"), "the gaps reach element 65024 of 600"),
+        (_gaps(2, b"\x00\x00", _direct(3, 4), b"\x00"), "the fine gaps declares 1 bytes"),
+        (_gaps(1, b"\x00", _direct(3, 4)), "declares 2 bytes, expected 1"),
+        (_gaps(1, b"\x00", _gaps(1, b"\x00", _direct(3))), "variant 3"),
+        (_gaps(1, b"\x00", b""), "the variant of the others needs 1 bytes"),
+        (_gaps(1, b"\x00", _direct(3)) + b"\x00", "1 bytes follow"),
+    ],
+)
+def test_impossible_blobs_are_refused_by_name(blob: bytes, says: str) -> None:
+    with pytest.raises(CorruptPayload, match=says):
+        _decode(blob, 600)
+
+
+@pytest.mark.parametrize("fine", [None, b"\x00"])
+def test_the_most_expensive_gaps_cost_a_small_multiple(fine: bytes | None) -> None:
+    count = 1 << 18
+    others = count // 2
+    coarse = b"\xff" * (count // 255) + bytes(others)
+    blob = _gaps(others, coarse, _direct(*[1] * others), None if fine is None else fine * others)
+    out = np.empty(count, np.uint16)
+    tracemalloc.start()
+    with contextlib.suppress(CorruptPayload):
+        PACKED.decode(blob, out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * out.nbytes
