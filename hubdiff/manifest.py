@@ -12,7 +12,7 @@ import binascii
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import zstandard
@@ -60,7 +60,9 @@ class NotCarried:
 @dataclass(frozen=True)
 class Side:
     """One model a delta was made from. ``repo`` and ``commit`` are None for a local folder, whose
-    files' hashes pin it; ``name`` is what people call it."""
+    files' hashes pin it; ``name`` is what people call it. ``files`` are its weights,
+    ``side_files`` the rest of what a delta would carry (both for the base only: the tuned model's
+    files are ``Manifest.tuned_files``)."""
 
     name: str
     repo: str | None
@@ -68,7 +70,8 @@ class Side:
     commit: str | None
     licence: str | None
     gated: bool
-    files: tuple[FileRecord, ...]
+    files: tuple[FileRecord, ...] = ()
+    side_files: tuple[FileRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,13 +154,17 @@ class Manifest:
         document = {
             "format_version": FORMAT_VERSION,
             "hubdiff_version": self.hubdiff_version,
-            "base": _side_json(self.base, [asdict(f) for f in self.base.files]),
+            "base": {
+                **_side_json(self.base),
+                "files": [asdict(f) for f in self.base.files],
+                "side_files": [asdict(f) for f in self.base.side_files],
+            },
             "tuned": {
-                **_side_json(self.tuned, [_tuned_file_json(f) for f in self.tuned_files]),
+                **_side_json(self.tuned),
+                "files": [_tuned_file_json(f) for f in self.tuned_files],
                 "not_carried": [asdict(f) for f in self.not_carried],
             },
-            "master": self.master
-            and _side_json(self.master, [asdict(f) for f in self.master.files]),
+            "master": self.master and _side_json(self.master),
             "portable": self.not_portable_reason is None,
             "not_portable_reason": self.not_portable_reason,
             "filters": self.filters,
@@ -198,7 +205,7 @@ def _manifest(root: _Reader) -> Manifest:
     filters = root.optional_child("filters")
     manifest = Manifest(
         hubdiff_version=root.get("hubdiff_version", _string),
-        base=_side(root.child("base")),
+        base=_base(root.child("base")),
         tuned=_side(tuned),
         tuned_files=tuple(_tuned_file(item) for item in tuned.children("files")),
         not_carried=tuple(
@@ -241,7 +248,7 @@ def _check_names(manifest: Manifest, root: _Reader) -> None:
 # --- one function per record, both directions ---
 
 
-def _side_json(side: Side, files: list[dict[str, Any]]) -> dict[str, Any]:
+def _side_json(side: Side) -> dict[str, Any]:
     return {
         "name": side.name,
         "repo": side.repo,
@@ -249,7 +256,6 @@ def _side_json(side: Side, files: list[dict[str, Any]]) -> dict[str, Any]:
         "commit": side.commit,
         "licence": side.licence,
         "gated": side.gated,
-        "files": files,
     }
 
 
@@ -261,7 +267,14 @@ def _side(reader: _Reader) -> Side:
         commit=reader.get("commit", _optional(_matching(_COMMIT, "a commit of 40 hex digits"))),
         licence=reader.get("licence", _optional(_string)),
         gated=reader.get("gated", _boolean),
+    )
+
+
+def _base(reader: _Reader) -> Side:
+    return replace(
+        _side(reader),
         files=tuple(_file(item) for item in reader.children("files")),
+        side_files=tuple(_file(item) for item in reader.children("side_files")),
     )
 
 

@@ -18,7 +18,7 @@ from hubdiff.configs import CONFIG_RULES, GENERATION_RULES, json_text, merge_jso
 from hubdiff.delta import Delta
 from hubdiff.errors import BadManifest, NamesMismatch, NotPortable
 from hubdiff.hashing import hash_bytes
-from hubdiff.manifest import GROUPS, TensorRecord
+from hubdiff.manifest import GROUPS, FileRecord, TensorRecord
 from hubdiff.names import Match, Rename, match_names
 from hubdiff.pair import EMBEDDINGS, FLOATS, HEADS, Filters, check_shapes
 from hubdiff.recognise import Verdict, recognise
@@ -71,7 +71,7 @@ class WeightsFile:
 @dataclass(frozen=True)
 class WholeFile:
     """A file of the result that is taken as it is: from ``origin`` (``"target"`` or ``"delta"``) at
-    ``source``, or ``data`` made here."""
+    ``source``, or ``data`` made here. ``note`` says what a reader should know of the choice."""
 
     path: str
     size: int
@@ -79,6 +79,7 @@ class WholeFile:
     source: str | None = None
     sha256: str | None = None
     data: bytes | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,9 @@ class MergePlan:
     files: tuple[WholeFile, ...]
     notes: tuple[str, ...]
     proved: bool = True
+    left_out: tuple[sidecars.LeftOut, ...] = ()
+    added: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     @property
     def reads(self) -> dict[str, int]:
@@ -154,6 +158,9 @@ class MergePlan:
             "peak_memory": self.peak_memory,
             "files": [_weights_json(file) for file in self.weights]
             + [_whole_json(file) for file in self.files],
+            "added": list(self.added),
+            "kept": list(self.kept),
+            "left_out": [vars(item) for item in self.left_out],
             "notes": list(self.notes),
         }
 
@@ -171,7 +178,8 @@ def _weights_json(file: WeightsFile) -> dict[str, Any]:
 
 def _whole_json(file: WholeFile) -> dict[str, Any]:
     action = {"target": "copy from target", "delta": "copy from delta"}.get(file.origin, "write")
-    return {"path": file.path, "bytes": file.size, "action": action}
+    note = {"note": file.note} if file.note else {}
+    return {"path": file.path, "bytes": file.size, "action": action, **note}
 
 
 def make_plan(
@@ -241,8 +249,9 @@ def _own_base_plan(delta: Delta, target: Checkpoint, verdict: Verdict) -> MergeP
         target,
         tuple(weights),
         tuple(files),
-        tuple(f"not carried: {item.path} ({item.reason})" for item in delta.manifest.not_carried),
+        (),
         verdict.proved,
+        tuple(sidecars.LeftOut(item.path, item.reason) for item in delta.manifest.not_carried),
     )
 
 
@@ -281,6 +290,7 @@ class _Transfer:
     filters: Filters
     verdict: Verdict
     notes: list[str] = field(default_factory=list)
+    left_out: list[sidecars.LeftOut] = field(default_factory=list)
 
     def plan(self) -> MergePlan:
         method = quantised(self.target.config)
@@ -304,7 +314,15 @@ class _Transfer:
             tuple(weights),
             tuple(files),
             tuple(self.notes),
+            left_out=tuple(self.left_out),
+            added=tuple(added),
+            kept=self._kept(match, added),
         )
+
+    def _kept(self, match: Match, added: dict[str, TensorRecord]) -> tuple[str, ...]:
+        """The target's tensors that the tuned model has no counterpart of."""
+        known = {*match.pairs.values(), *added}
+        return tuple(name for name in self.target.tensors if name not in known)
 
     def _match(self) -> Match:
         """Target names for the names of the base."""
@@ -412,9 +430,6 @@ class _Transfer:
                 "has it"
             )
             added[name] = record
-        kept = sum(name in self.target.tensors for name in self.delta.manifest.removed)
-        if kept:
-            self.notes.append(f"{kept} tensors that the tuned model lacks stay the target's")
         return added
 
     def _weights(
@@ -459,35 +474,42 @@ class _Transfer:
         target = self.target.tree.files()
         files = [self._index(added)] if self.target.index is not None else []
         tuned = {f.path: f for f in self.delta.manifest.tuned_files if f.source != "weights"}
+        base = {file.path: file for file in self.delta.manifest.base.side_files}
         plan = sidecars.result_sidecars(
-            {path: file.sha256 for path, file in tuned.items() if file.source == "base"},
+            {path: file.sha256 for path, file in base.items()},
             {path: file.sha256 for path, file in tuned.items()},
-            {path: self._content(path, tuned.get(path)) for path in target},
+            {path: self._content(path, tuned.get(path), base.get(path)) for path in target},
             weights=self.target.shards,
         )
         for side in plan.files:
-            if side.note:
-                self.notes.append(f"{side.path}: {side.note}")
             if side.source == "merged":
                 files.append(self._merged(side.path))
             elif side.source == "tuned":
                 source = f"tuned/{side.path}"
                 _require(self.delta, source)
                 record = tuned[side.path]
-                files.append(WholeFile(side.path, record.size, "delta", source, record.sha256))
+                files.append(
+                    WholeFile(
+                        side.path, record.size, "delta", source, record.sha256, note=side.note
+                    )
+                )
             else:
                 info = target[side.path]
-                files.append(WholeFile(side.path, info.size, "target", side.path, info.sha256))
-        left = (item for item in plan.left_out if item.path != CARD)
-        self.notes.extend(f"left out: {item.path} ({item.reason})" for item in left)
+                files.append(
+                    WholeFile(
+                        side.path, info.size, "target", side.path, info.sha256, note=side.note
+                    )
+                )
+        self.left_out.extend(item for item in plan.left_out if item.path != CARD)
         return files
 
-    def _content(self, path: str, tuned: Any) -> str:
-        """The sha256 of a target's file where it is listed or worth a look, else a name for it."""
+    def _content(self, path: str, *others: FileRecord | None) -> str:
+        """The sha256 of a target's file. One of a size that no other side has is not read to learn
+        that it differs."""
         info = self.target.tree.files()[path]
         if info.sha256:
             return info.sha256
-        if tuned is not None and tuned.size == info.size:
+        if any(other is not None and other.size == info.size for other in others):
             return hash_bytes(self.target.tree.read_bytes(path))
         return f"{info.size} bytes of the target"
 

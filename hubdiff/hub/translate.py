@@ -80,6 +80,10 @@ def translate(error: Exception, subject: Subject) -> HubdiffError:
         link = link.__cause__
     if isinstance(error, client.LocalEntryNotFoundError):
         return _unreachable(error, subject)
+    return _plain(error, subject)
+
+
+def _plain(error: BaseException, subject: Subject) -> HubdiffError:
     return HubError(
         f"{subject}: {_said(error)}",
         next_step=f"Look at {subject.url}; run again with HF_DEBUG=1 to see the requests.",
@@ -213,6 +217,8 @@ _TABLE: list[tuple[Any, _Build]] = [
     (client.FileDuplicationError, _copy_failed),
     (client.HfHubHTTPError, _status),
     (client.XetDownloadError, _unreachable),
+    # Its message names the file at fault; its cause is only the answer behind it.
+    (ValueError, _plain),
     (Exception, _disk),
     (PermissionError, _denied),
     (client.HTTPError, _unreachable),

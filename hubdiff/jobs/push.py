@@ -243,8 +243,10 @@ class _Push:
         provenance = code_provenance(folder) if folder is not None else None
         return Manifest(
             hubdiff_version=__version__,
-            base=_side(pair.base, extracted.base_files),
-            tuned=_side(pair.tuned, ()),
+            base=replace(
+                _side(pair.base), files=extracted.base_files, side_files=_side_files(pair.base)
+            ),
+            tuned=_side(pair.tuned),
             tuned_files=(*weights, *side),
             not_carried=tuple(not_carried),
             tensors=extracted.tensors,
@@ -257,7 +259,7 @@ class _Push:
             aliases=_aliases(extracted.tensors),
             not_portable_reason=pair.not_portable_reason,
             filters=asdict(pair.filters) if pair.filters else None,
-            master=_side(pair.master, ()) if pair.master else None,
+            master=_side(pair.master) if pair.master else None,
             provenance=asdict(provenance) if provenance else None,
         )
 
@@ -280,7 +282,7 @@ def _is_same(record: FileRecord, base: FileTree) -> bool:
     return record.sha256 == (info.sha256 or hash_bytes(base.read_bytes(record.path)))
 
 
-def _side(checkpoint: Checkpoint, files: tuple[FileRecord, ...]) -> Side:
+def _side(checkpoint: Checkpoint) -> Side:
     pin, known = checkpoint.tree.pin, facts(checkpoint.tree)
     return Side(
         name=_name(checkpoint.tree),
@@ -289,7 +291,17 @@ def _side(checkpoint: Checkpoint, files: tuple[FileRecord, ...]) -> Side:
         commit=pin.commit,
         licence=known.licence,
         gated=known.gated,
-        files=files,
+    )
+
+
+def _side_files(base: Checkpoint) -> tuple[FileRecord, ...]:
+    """The base's side files by content: what the tune changed is told by comparing with them."""
+    tree = base.tree
+    return tuple(
+        FileRecord(path, info.size, info.sha256 or hash_bytes(tree.read_bytes(path)))
+        for path, info in sorted(tree.files().items())
+        if path not in base.shards
+        and not isinstance(classify(path, info.size, base.shards), StaysBehind)
     )
 
 
