@@ -1,0 +1,60 @@
+"""hubdiff: publish what a fine-tune changed, and put it on any base of the family.
+
+    import hubdiff
+
+    hubdiff.push_delta("org/tuned", "org/tuned-delta", base="org/base")
+    hubdiff.apply("org/tuned-delta", "org/new-base", output="new-tuned")
+    model = hubdiff.load("org/tuned-delta", "org/new-base")
+
+Everything here is imported at first use: ``import hubdiff`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hubdiff._version import __version__
+from hubdiff.errors import HubdiffError
+
+if TYPE_CHECKING:
+    from hubdiff.delta import open_delta
+    from hubdiff.jobs.apply import apply
+    from hubdiff.jobs.inspect import inspect
+    from hubdiff.jobs.load import load
+    from hubdiff.jobs.push import push_delta
+    from hubdiff.jobs.unpack import unpack
+    from hubdiff.jobs.verify import verify
+
+__all__ = [
+    "HubdiffError",
+    "__version__",
+    "apply",
+    "inspect",
+    "load",
+    "open_delta",
+    "push_delta",
+    "unpack",
+    "verify",
+]
+
+_HOMES = {
+    "apply": "hubdiff.jobs.apply",
+    "inspect": "hubdiff.jobs.inspect",
+    "load": "hubdiff.jobs.load",
+    "open_delta": "hubdiff.delta",
+    "push_delta": "hubdiff.jobs.push",
+    "unpack": "hubdiff.jobs.unpack",
+    "verify": "hubdiff.jobs.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'hubdiff' has no attribute {name!r}")
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,88 +1,33 @@
-"""A delta, opened: manifest, layer files, and the Δ of any segment of any tensor.
+"""A delta, opened: its manifest, its layer files, and the bytes of any part of any tensor.
 
-Opening reads the manifest and the headers of the portable layer. Every length in a payload is
-checked against what the manifest declares before it is used; the whole payload's hash is checked by
-whoever reads all of it (``merge``, ``verify``).
+Opening reads the manifest; the headers of a group of layer files are read when it is first used.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from hubdiff.checkpoint import MANIFEST, Checkpoint, Placed
 from hubdiff.encodings import ENCODINGS, SEGMENT
-from hubdiff.encodings.payload import BlobRange, index_bytes, parse_index
 from hubdiff.errors import BadManifest, CorruptPayload, NotADelta
-from hubdiff.files import FileTree
-from hubdiff.manifest import Manifest, Part, TensorRecord, parse_manifest
+from hubdiff.files import FileTree, open_tree
+from hubdiff.manifest import GROUPS, Manifest, TensorRecord, parse_manifest
+from hubdiff.payloads import DAMAGED, Index, PlacedPart, SpanBytes, SpanPayload
+from hubdiff.refs import ModelRef
 from hubdiff.safetensors_io import read_header, tensor_bytes
-from hubdiff.stream import Range, Span, unit_bytes, unit_dtype
+from hubdiff.stream import Range, Span, read_ranges, unit_bytes
 
 if TYPE_CHECKING:
-    from hubdiff.numerics import Difference
+    import torch
 
-
-@dataclass(frozen=True)
-class PlacedPart:
-    """A part and where its bytes lie in its layer file."""
-
-    part: Part
-    placed: Placed
-    count: int  # units of the tensor
-
-    @property
-    def dense(self) -> bool:
-        """One dense tensor, without an index."""
-        return self.part.encoding == "plain"
-
-    @property
-    def index_range(self) -> Range:
-        begin = self.placed.entry.begin
-        size = 0 if self.dense else index_bytes(self.count, len(self.part.layers))
-        return Range(self.placed.file, begin, begin + size)
-
-    def parse_index(self, raw: memoryview) -> _Index:
-        layers = len(self.part.layers)
-        return _Index(bytes(raw), parse_index(raw, self.count, layers, self.part.bytes))
-
-
-@dataclass(frozen=True)
-class _Index:
-    """The head of a payload: its bytes, and where each blob lies relative to the payload."""
-
-    raw: bytes
-    blobs: list[BlobRange]
-
-
-@dataclass(frozen=True)
-class SpanPayload:
-    """The bytes of a part that one span needs. ``index`` is None when they include it, or when
-    there is none (dense)."""
-
-    part: PlacedPart
-    range: Range
-    index: _Index | None
-
-    def blobs(self, view: memoryview, span: Span) -> Iterator[list[memoryview]]:
-        """The blobs of each segment of ``span``, layer by layer, out of the bytes at ``range``."""
-        part = self.part
-        if part.dense:
-            size = unit_bytes(part.part.dtype)
-            for _, where in span.segments():
-                yield [view[where.start * size : where.stop * size]]
-            return
-        index = self.index or part.parse_index(view[: part.index_range.nbytes])
-        layers, origin = len(part.part.layers), self.range.begin - part.placed.entry.begin
-        for segment, _ in span.segments():
-            here = index.blobs[segment * layers : (segment + 1) * layers]
-            yield [view[b.offset - origin : b.offset - origin + b.size] for b in here]
+# A span, the record of its tensor, and the groups of parts that are wanted.
+DeltaSpan = tuple[Span, "TensorRecord | None", tuple[str, ...]]
 
 
 @dataclass
@@ -92,7 +37,7 @@ class Delta:
     tree: FileTree
     manifest: Manifest
     _layers: dict[str, Checkpoint] = field(default_factory=dict)
-    _indices: dict[tuple[str, str], _Index] = field(default_factory=dict)
+    _indices: dict[tuple[str, str], Index] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -116,12 +61,12 @@ class Delta:
             if info is None:
                 raise BadManifest(
                     f"{where} is missing, the manifest lists it",
-                    next_step="The delta was not uploaded whole; ask its author to push it again.",
+                    next_step=DAMAGED,
                 )
             if info.size != file.size:
                 raise CorruptPayload(
                     f"{where} has {info.size:,} bytes, the manifest says {file.size:,}",
-                    next_step="Fetch the delta again, or ask its author to push it again.",
+                    next_step=DAMAGED,
                 )
             header = read_header(checkpoint.reader(file.path), where)
             checkpoint.shards[file.path] = header
@@ -139,7 +84,7 @@ class Delta:
             raise CorruptPayload(
                 f"{self.tree.pin}: the {group} layer of tensor {record.name!r} is "
                 + ("missing" if placed is None else f"not the {part.bytes:,} bytes declared"),
-                next_step="The delta is damaged; ask its author to push it again.",
+                next_step=DAMAGED,
             )
         if part.encoding not in ENCODINGS:
             raise CorruptPayload(
@@ -150,7 +95,7 @@ class Delta:
         if part.encoding == "plain" and tensor_bytes(part.dtype, record.shape) != part.bytes:
             raise CorruptPayload(
                 f"{self.tree.pin}: tensor {record.name!r} is not the dense tensor declared",
-                next_step="The delta is damaged; ask its author to push it again.",
+                next_step=DAMAGED,
             )
         return PlacedPart(part, placed, count)
 
@@ -175,12 +120,44 @@ class Delta:
         begin, end = entry.begin + head.offset, entry.begin + tail.offset + tail.size
         return SpanPayload(part, Range(part.placed.file, begin, end), index)
 
-    def _index(self, part: PlacedPart, read: Callable[[Range], memoryview]) -> _Index:
+    def _index(self, part: PlacedPart, read: Callable[[Range], memoryview]) -> Index:
         key = (part.part.group, part.placed.entry.name)
         with self._lock:  # also while reading: no index is fetched twice
             if key not in self._indices:
                 self._indices[key] = part.parse_index(read(part.index_range))
             return self._indices[key]
+
+    def read(self, steps: Iterable[DeltaSpan]) -> dict[Span, list[SpanBytes]]:
+        """The encoded bytes of spans, given with the record and the groups wanted (no record:
+        none). Neighbours in a layer file are read together."""
+        steps = list(steps)
+        found: dict[Span, list[SpanBytes]] = {span: [] for span, _, _ in steps}
+        for group in GROUPS:
+            wanted = [
+                (span, self.payload(part, span, self._read_from(group)))
+                for span, record, groups in steps
+                if record and group in groups
+                if (part := self.placed(record, group))
+            ]
+            if wanted:
+                views = read_ranges(self.layer(group), (where.range for _, where in wanted))
+                for span, where in wanted:
+                    found[span].append(SpanBytes(where, views[where.range]))
+        return found
+
+    def _read_from(self, group: str) -> Callable[[Range], memoryview]:
+        return lambda place: read_ranges(self.layer(group), [place])[place]
+
+    def keys(self) -> list[str]:
+        """The names of the tensors that changed or were added."""
+        return [record.name for record in self.manifest.tensors if record.portable]
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """Δ of one tensor in float32 (the sum of ``hi`` and ``lo``, rounded once), in the tensor's
+        shape; an added tensor as it is, in its own dtype. The whole tensor is held in memory."""
+        from hubdiff.dense import dense_tensor
+
+        return dense_tensor(self, self.records[name])
 
     def close(self) -> None:
         self._stack.close()
@@ -202,43 +179,9 @@ def open_delta_tree(tree: FileTree) -> Iterator[Delta]:
         delta.close()
 
 
-# --- decoding: blobs of one segment to arrays ---
-
-
-def decode_layers(
-    part: Part, blobs: list[memoryview], count: int, where: str
-) -> dict[str, np.ndarray | None]:
-    """The layers of one segment as bit patterns of ``count`` units; None where a layer changes
-    nothing. Raises ``CorruptPayload`` naming ``where``."""
-    decoded: dict[str, np.ndarray | None] = {}
-    for layer, blob in zip(part.layers, blobs, strict=True):
-        if not len(blob):
-            decoded[layer] = None
-            continue
-        out = np.empty(count, unit_dtype(part.dtype))
-        encoding = ENCODINGS[part.encoding]
-        if 8 * out.itemsize not in encoding.widths:
-            raise CorruptPayload(f"{where}: encoding {part.encoding} can't hold {part.dtype}")
-        try:
-            encoding.decode(blob, out)
-        except CorruptPayload as error:
-            raise CorruptPayload(
-                f"{where}: {error}", next_step="Fetch the delta again; it is damaged."
-            ) from error
-        decoded[layer] = out
-    return decoded
-
-
-def difference_of(part: Part, layers: dict[str, np.ndarray | None]) -> Difference | None:
-    """Δ of a segment out of its decoded ``hi`` and ``lo``; None when nothing changes."""
-    from hubdiff import numerics
-
-    hi, lo = layers.get("hi"), layers.get("lo")
-    if hi is None and lo is None:
-        return None
-    if hi is None:
-        assert lo is not None
-        hi = np.full(lo.shape, 1 << (8 * lo.itemsize - 1), lo.dtype)
-    high = numerics.from_bits(hi, part.dtype)
-    low = None if lo is None else numerics.from_bits(lo, part.dtype)
-    return numerics.Difference(high, low)
+@contextmanager
+def open_delta(ref: str | Path, *, cache: bool = False) -> Iterator[Delta]:
+    """Open a delta by ref or folder, as ``with hubdiff.open_delta(ref) as delta``. Raises
+    ``HubError``, ``NotADelta``, ``NewerFormat`` or ``BadManifest``."""
+    with open_delta_tree(open_tree(ModelRef.parse(ref), cache=cache)) as delta:
+        yield delta

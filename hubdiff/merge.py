@@ -7,7 +7,6 @@ lists, and on the own base every tensor of the base and every file of the result
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,16 +14,21 @@ import numpy as np
 import torch
 
 from hubdiff import numerics
-from hubdiff.delta import SpanPayload, decode_layers, difference_of
 from hubdiff.errors import CorruptPayload, IntegrityError, WrongBase
 from hubdiff.files import ByteReader
 from hubdiff.hashing import FileHashes, Lane, StreamHash, check_hash, tensor_hash
-from hubdiff.manifest import GROUPS, FileRecord, Part, TensorRecord
+from hubdiff.manifest import FileRecord, Part, TensorRecord
+from hubdiff.payloads import (
+    Layers,
+    PayloadHashes,
+    SpanBytes,
+    decode_segments,
+    difference_of,
+)
 from hubdiff.plan import OWN_BASE, MergePlan, Step, WeightsFile, WholeFile
 from hubdiff.progress import Progress
 from hubdiff.stream import (
     Block,
-    Range,
     Span,
     blocks,
     read_ranges,
@@ -130,14 +134,6 @@ def _weights(
 
 
 @dataclass(frozen=True)
-class _Payload:
-    """The encoded bytes of one part for one span."""
-
-    where: SpanPayload
-    view: memoryview
-
-
-@dataclass(frozen=True)
 class _Made:
     """One span of the result with all that went into it, for the checks."""
 
@@ -145,7 +141,7 @@ class _Made:
     step: Step
     result: memoryview
     source: memoryview | None
-    payloads: list[_Payload]
+    payloads: list[SpanBytes]
 
 
 class _Maker:
@@ -161,7 +157,7 @@ class _Maker:
         steps = [(span, self._file.steps[span.entry.name]) for span in block.spans]
         wanted = {span: span_range(span, s.source) for span, s in steps if s.source}
         sources = read_ranges(self._plan.target, wanted.values())
-        payloads = self._payloads(steps)
+        payloads = self._delta.read((span, step.record, step.groups) for span, step in steps)
         made = []
         for span, step in steps:
             source = sources[wanted[span]] if step.source else None
@@ -170,26 +166,8 @@ class _Maker:
             made.append(_Made(span, step, result, source, payloads[span]))
         return made
 
-    def _payloads(self, steps: list[tuple[Span, Step]]) -> dict[Span, list[_Payload]]:
-        """The encoded bytes of every span; neighbours in a layer file are read together."""
-        payloads: dict[Span, list[_Payload]] = {span: [] for span, _ in steps}
-        for group in GROUPS:
-            wanted = [
-                (span, self._delta.payload(part, span, self._read_from(group)))
-                for span, step in steps
-                if group in step.groups and step.record
-                if (part := self._delta.placed(step.record, group))
-            ]
-            views = read_ranges(self._delta.layer(group), (where.range for _, where in wanted))
-            for span, where in wanted:
-                payloads[span].append(_Payload(where, views[where.range]))
-        return payloads
-
-    def _read_from(self, group: str) -> Callable[[Range], memoryview]:
-        return lambda place: read_ranges(self._delta.layer(group), [place])[place]
-
     def _result(
-        self, span: Span, step: Step, source: memoryview | None, payloads: list[_Payload]
+        self, span: Span, step: Step, source: memoryview | None, payloads: list[SpanBytes]
     ) -> memoryview:
         if not payloads and source is not None:
             return source
@@ -197,15 +175,10 @@ class _Maker:
         given = None
         if source is not None and step.source is not None:
             given = np.frombuffer(source, unit_dtype(step.source.entry.dtype))
-        blobs = [payload.where.blobs(payload.view, span) for payload in payloads]
         parts = [payload.where.part.part for payload in payloads]
-        for (segment, where), *found in zip(span.segments(), *blobs, strict=True):
-            name = f"{self._delta.tree.pin}, tensor {span.entry.name}, segment {segment}"
-            layers: dict[str, np.ndarray | None] = {}
-            for part, here in zip(parts, found, strict=True):
-                layers |= decode_layers(part, here, where.stop - where.start, name)
-            target = None if given is None else given[where]
-            out[where] = self._segment(step, target, parts, layers)
+        for units, layers in decode_segments(span, payloads, str(self._delta.tree.pin)):
+            target = None if given is None else given[units]
+            out[units] = self._segment(step, target, parts, layers)
         return out.view(np.uint8).data
 
     def _segment(
@@ -213,7 +186,7 @@ class _Maker:
         step: Step,
         target: np.ndarray | None,
         parts: list[Part],
-        layers: dict[str, np.ndarray | None],
+        layers: Layers,
     ) -> np.ndarray:
         """The bits of one segment of the result."""
         if "raw" in layers:
@@ -263,7 +236,7 @@ class _Checker:
         self._own_base = plan.case == OWN_BASE
         self._tensor: blake3 = tensor_hash()
         self._tensors: dict[str, str] = {}
-        self._payloads: dict[str, blake3] = {}
+        self._payloads = PayloadHashes(str(plan.delta.tree.pin))
         self._listed = {path for path, info in plan.target.tree.files().items() if info.sha256}
 
     def take(self, block: Block, made: list[_Made]) -> None:
@@ -272,7 +245,7 @@ class _Checker:
         for item in made:
             self._lanes[0].feed(self._result, item.span.begin, item.result)
             self._take_source(item)
-            self._take_payloads(item)
+            self._payloads.take(item.span, item.payloads)
         self._progress.advance(block.nbytes)
 
     def _take_source(self, item: _Made) -> None:
@@ -299,18 +272,6 @@ class _Checker:
             f"{self._plan.delta.manifest.base.name}",
             next_step="Give the very base that the delta was made from.",
         )
-
-    def _take_payloads(self, item: _Made) -> None:
-        for payload in item.payloads:
-            part, index = payload.where.part, payload.where.index
-            group = part.part.group
-            if group not in self._payloads:
-                self._payloads[group] = tensor_hash()
-                self._payloads[group].update(index.raw if index else b"")
-            self._payloads[group].update(payload.view)
-            if item.span.last:
-                name = f"{self._plan.delta.tree.pin}, {group} layer of {part.placed.entry.name}"
-                check_hash(self._payloads.pop(group).hexdigest(), part.part.blake3, name)
 
     def finish(self) -> FileRecord:
         for lane in self._lanes:

@@ -24,6 +24,12 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_OTHERS = {
+    "BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
 HALVES = ("BF16", "F16")
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -165,6 +171,12 @@ def _to_odd(nearest: Tensor, error: Tensor) -> Tensor:
     overshot = torch.signbit(nearest) != torch.signbit(error)
     odd = (pattern - overshot.to(pattern.dtype)) | 1
     return torch.where(error != 0, odd, pattern).view(nearest.dtype)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of any whole-byte safetensors dtype."""
+    found: torch.dtype = DTYPES[name] if name in DTYPES else getattr(torch, _OTHERS[name])
+    return found
 
 
 def from_bits(patterns: np.ndarray, dtype: str) -> Tensor:

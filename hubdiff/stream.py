@@ -92,7 +92,7 @@ def blocks(file: str, header: Header) -> Iterator[Block]:
     spans: list[Span] = []
     room = BLOCK_BYTES
     for entry in header.tensors:
-        for span in _spans(entry):
+        for span in spans_of(entry):
             if spans and span.nbytes > room:
                 yield Block(file, tuple(spans))
                 spans, room = [], BLOCK_BYTES
@@ -102,7 +102,8 @@ def blocks(file: str, header: Header) -> Iterator[Block]:
         yield Block(file, tuple(spans))
 
 
-def _spans(entry: TensorEntry) -> Iterator[Span]:
+def spans_of(entry: TensorEntry) -> Iterator[Span]:
+    """A tensor, whole, as spans of at most a block; one of no units for an empty tensor."""
     size = unit_bytes(entry.dtype)
     total = entry.nbytes // size
     step = max(SEGMENT, BLOCK_BYTES // size // SEGMENT * SEGMENT)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -91,6 +93,11 @@ def test_a_file_too_large_for_memory_is_not_read_whole(
     write(tmp_path / "config.json", b"12345")
     with pytest.raises(CheckpointError, match=r"config\.json has 5 bytes"):
         tree_of(tmp_path).read_bytes("config.json")
+
+
+def test_folders_need_no_hub_client() -> None:
+    code = "import sys, hubdiff.files, hubdiff.facts; sys.exit('huggingface_hub' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_open_tree_of_a_folder(tmp_path: Path) -> None:

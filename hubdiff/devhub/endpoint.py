@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -110,10 +109,10 @@ class Endpoint:
             range=request.headers.get("range"),
         )
         self.hub.log.add(record)
+        send = _recording(send, record)
         fault = self.hub.faults.find(BODY_FAULTS, request.method, _target(scope))
         if fault is not None and request.method != "HEAD":
             send = broken_send(send, fault, scope, partial(self._fires, fault, record))
-        send = _recording(send, record)
         call = Call(self.hub, request, params, None, record)
         try:
             response = await self._respond(call)
@@ -139,10 +138,10 @@ class Endpoint:
             answer = await run_in_threadpool(self._handle, call)
         except Refusal as refusal:
             return _refused(refusal)
-        except Exception:
+        except Exception as error:
             # Whatever went wrong, a client must get an answer and the developer the traceback.
             logger.exception("%s %s", call.request.method, call.record.path)
-            return _refused(Refusal(500, traceback.format_exc(limit=-1)))
+            return _refused(Refusal(500, f"{type(error).__name__}: {error}"))
         return answer if isinstance(answer, Response) else JSONResponse(answer)
 
     async def _read(self, call: Call) -> None:
@@ -176,10 +175,9 @@ def authenticate(hub: Hub, request: Request) -> str | None:
 
 
 def _refused(refusal: Refusal) -> Response:
-    headers = dict(refusal.headers)
-    headers["X-Error-Message"] = (
-        refusal.message.replace("\n", " ").encode("ascii", "replace").decode()
-    )
+    one_line = " ".join(refusal.message.split())
+    message = one_line.encode("ascii", "replace").decode()
+    headers = {**refusal.headers, "X-Error-Message": message}
     if refusal.code is not None:
         headers["X-Error-Code"] = refusal.code
     return JSONResponse({"error": refusal.message}, refusal.status, headers)

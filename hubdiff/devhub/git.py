@@ -80,7 +80,8 @@ class GitRepo:
     def create(cls, folder: Path) -> GitRepo:
         folder.mkdir(parents=True)
         repo = cls(folder)
-        repo.run("init", "--bare", "--quiet", "--initial-branch=main", str(folder))
+        # No template: sample hooks would be most of the files on the disk.
+        repo.run("init", "--bare", "--quiet", "--template=", "--initial-branch=main", str(folder))
         return repo
 
     def run(self, *args: str, stdin: bytes = b"", ok: Sequence[int] = (0,)) -> bytes:

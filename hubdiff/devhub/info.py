@@ -145,12 +145,13 @@ def safetensors_metadata(call: Call) -> Any:
 
 def search(call: Call) -> Any:
     """Models (or datasets, spaces) by tag, name and author, newest first unless sorted."""
-    query = call.request.query_params
+    details = bool(call.request.query_params.getlist("expand"))
     found = []
     for repo in call.hub.store.visible(call.kind, call.user):
-        value = describe(call, repo, repo.commit_of("main"), details=bool(query.getlist("expand")))
-        if _matches(call, value):
-            found.append((repo, value))
+        if _name_matches(call, repo):
+            value = describe(call, repo, repo.commit_of("main"), details=details)
+            if _tags_match(call, value):
+                found.append((repo, value))
     order = call.query("sort", "createdAt")
     if order not in ("createdAt", "lastModified", "downloads", "likes", "trendingScore"):
         raise bad_request(f"Can't sort by {order}")
@@ -159,18 +160,21 @@ def search(call: Call) -> Any:
     return page(call, values, min(int(call.query("limit") or 1000), call.hub.options.page_size))
 
 
-def _matches(call: Call, value: dict[str, Any]) -> bool:
-    query = call.request.query_params
-    wanted = [tag for item in query.getlist("filter") for tag in item.split(",")]
-    tags = set(value["tags"])
-    gated = query.get("gated")
+def _name_matches(call: Call, repo: Repo) -> bool:
+    """Looked at first: it costs nothing, and tags cost reading the repo."""
+    author, gated = call.query("author"), call.query("gated")
     return (
-        all(tag in tags for tag in wanted)
-        and call.query("search").lower() in value["id"].lower()
-        and query.get("author") in (None, value["author"])
-        and query.get("pipeline_tag") in (None, value.get("pipeline_tag"))
-        and (gated is None or (gated.lower() == "true") == bool(value["gated"]))
+        author in ("", repo.namespace)
+        and call.query("search").lower() in repo.name.lower()
+        and (not gated or (gated.lower() == "true") == bool(repo.settings.gated))
     )
+
+
+def _tags_match(call: Call, value: dict[str, Any]) -> bool:
+    filters = call.request.query_params.getlist("filter")
+    wanted = {tag for item in filters for tag in item.split(",")}
+    pipeline = call.query("pipeline_tag")
+    return wanted <= set(value["tags"]) and pipeline in ("", value.get("pipeline_tag"))
 
 
 def _listed(call: Call, repo: Repo, value: dict[str, Any]) -> dict[str, Any]:

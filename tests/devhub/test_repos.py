@@ -98,7 +98,7 @@ def test_private_repos_look_missing_to_others(alice: HfApi, bob: HfApi, stranger
             api.model_info("alice/secret")
         assert status_of(error) == status
         with pytest.raises(RepositoryNotFoundError):
-            api.hf_hub_download("alice/secret", "x", force_download=True)
+            api.hf_hub_download("alice/secret", "x")
     names = [model.id for model in bob.list_models(author="alice")]
     assert "alice/secret" not in names
     alice.update_repo_settings("alice/secret", visibility="public")

@@ -207,9 +207,10 @@ def test_what_is_there_already_makes_no_commit(put_repo: PutRepo, devhub: DevHub
     assert devhub.log.count(kind="commit") == 0
 
 
-def test_a_gitignore_drops_nothing(put_repo: PutRepo) -> None:
-    repo = put_repo({".gitignore": b"*.safetensors\n*.json\n"})
+def test_a_gitignore_drops_nothing(devhub: DevHub, new_name: NewName) -> None:
+    repo = new_name()
     upload = HubUpload(repo)
+    upload.add_bytes(".gitignore", b"*.safetensors\n*.json\n")
     upload.add_bytes("model.safetensors", WEIGHTS)
     upload.add_bytes("config.json", b"{}")
     upload.commit("All")
@@ -295,9 +296,11 @@ def test_both_transports_carry_every_byte(devhub: DevHub, tmp_path: Path, xet: b
     (tmp_path / "small.safetensors").write_bytes(small)
     (tmp_path / "config.json").write_bytes(b"{}")
     name = f"both-{'xet' if xet else 'lfs'}"
+    environment = os.environ | devhub.environment("demo", xet=xet)
+    del environment["HF_HUB_DISABLE_PROGRESS_BARS"]  # hubdiff is silent by itself
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path), name],
-        env=os.environ | devhub.environment("demo", xet=xet),
+        env=environment,
         capture_output=True,
         text=True,
         check=False,

@@ -1,0 +1,164 @@
+"""Payloads: the encoded bytes of a tensor's parts, from where they lie to decoded arrays.
+
+A ``SpanPayload`` says which bytes of a part one span needs, ``SpanBytes`` holds them. Every length
+in them is checked before it is used; ``PayloadHashes`` checks the whole of each payload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hubdiff.checkpoint import Placed
+from hubdiff.encodings import ENCODINGS
+from hubdiff.encodings.payload import BlobRange, index_bytes, parse_index
+from hubdiff.errors import CorruptPayload
+from hubdiff.hashing import check_hash, tensor_hash
+from hubdiff.manifest import Part
+from hubdiff.stream import Range, Span, unit_bytes, unit_dtype
+
+if TYPE_CHECKING:
+    from blake3 import blake3
+
+    from hubdiff.numerics import Difference
+
+DAMAGED = "The delta is damaged: fetch it again, or ask its author to push it again."
+Layers = dict[str, "np.ndarray | None"]
+
+
+@dataclass(frozen=True)
+class PlacedPart:
+    """A part and where its bytes lie in its layer file."""
+
+    part: Part
+    placed: Placed
+    count: int  # units of the tensor
+
+    @property
+    def dense(self) -> bool:
+        """One dense tensor, without an index."""
+        return self.part.encoding == "plain"
+
+    @property
+    def index_range(self) -> Range:
+        begin = self.placed.entry.begin
+        size = 0 if self.dense else index_bytes(self.count, len(self.part.layers))
+        return Range(self.placed.file, begin, begin + size)
+
+    def parse_index(self, raw: memoryview) -> Index:
+        layers = len(self.part.layers)
+        return Index(bytes(raw), parse_index(raw, self.count, layers, self.part.bytes))
+
+
+@dataclass(frozen=True)
+class Index:
+    """The head of a payload: its bytes, and where each blob lies relative to the payload."""
+
+    raw: bytes
+    blobs: list[BlobRange]
+
+
+@dataclass(frozen=True)
+class SpanPayload:
+    """The bytes of a part that one span needs. ``index`` is None when they include it, or when
+    there is none (dense)."""
+
+    part: PlacedPart
+    range: Range
+    index: Index | None
+
+    def blobs(self, view: memoryview, span: Span) -> Iterator[list[memoryview]]:
+        """The blobs of each segment of ``span``, layer by layer, out of the bytes at ``range``."""
+        part = self.part
+        if part.dense:
+            size = unit_bytes(part.part.dtype)
+            for _, where in span.segments():
+                yield [view[where.start * size : where.stop * size]]
+            return
+        index = self.index or part.parse_index(view[: part.index_range.nbytes])
+        layers, origin = len(part.part.layers), self.range.begin - part.placed.entry.begin
+        for segment, _ in span.segments():
+            here = index.blobs[segment * layers : (segment + 1) * layers]
+            yield [view[b.offset - origin : b.offset - origin + b.size] for b in here]
+
+
+@dataclass(frozen=True)
+class SpanBytes:
+    """What was read for a ``SpanPayload``."""
+
+    where: SpanPayload
+    view: memoryview
+
+
+def decode_segments(
+    span: Span, payloads: list[SpanBytes], where: str
+) -> Iterator[tuple[slice, Layers]]:
+    """Per segment of a span: its units as a slice of the span, and its decoded layers."""
+    blobs = [payload.where.blobs(payload.view, span) for payload in payloads]
+    for (segment, units), *found in zip(span.segments(), *blobs, strict=True):
+        layers: Layers = {}
+        for payload, here in zip(payloads, found, strict=True):
+            part = payload.where.part.part
+            name = f"{where}, tensor {span.entry.name}, segment {segment}"
+            layers |= decode_layers(part, here, units.stop - units.start, name)
+        yield units, layers
+
+
+class PayloadHashes:
+    """The blake3 of payloads whose spans are taken in order, checked when a tensor ends."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._open: dict[str, blake3] = {}
+
+    def take(self, span: Span, payloads: list[SpanBytes]) -> None:
+        for payload in payloads:
+            part, index = payload.where.part, payload.where.index
+            group = part.part.group
+            if group not in self._open:
+                self._open[group] = tensor_hash()
+                self._open[group].update(index.raw if index else b"")
+            self._open[group].update(payload.view)
+            if span.last:
+                name = f"{self._where}, {group} layer of {part.placed.entry.name}"
+                check_hash(self._open.pop(group).hexdigest(), part.part.blake3, name)
+
+
+def decode_layers(part: Part, blobs: list[memoryview], count: int, where: str) -> Layers:
+    """The layers of one segment as bit patterns of ``count`` units; None where a layer changes
+    nothing. Raises ``CorruptPayload`` naming ``where``."""
+    decoded: Layers = {}
+    for layer, blob in zip(part.layers, blobs, strict=True):
+        if not len(blob):
+            decoded[layer] = None
+            continue
+        out = np.empty(count, unit_dtype(part.dtype))
+        encoding = ENCODINGS[part.encoding]
+        if 8 * out.itemsize not in encoding.widths:
+            raise CorruptPayload(
+                f"{where}: encoding {part.encoding} can't hold {part.dtype}", next_step=DAMAGED
+            )
+        try:
+            encoding.decode(blob, out)
+        except CorruptPayload as error:
+            raise CorruptPayload(f"{where}: {error}", next_step=DAMAGED) from error
+        decoded[layer] = out
+    return decoded
+
+
+def difference_of(part: Part, layers: Layers) -> Difference | None:
+    """Δ of a segment out of its decoded ``hi`` and ``lo``; None when nothing changes."""
+    from hubdiff import numerics
+
+    hi, lo = layers.get("hi"), layers.get("lo")
+    if hi is None and lo is None:
+        return None
+    if hi is None:
+        assert lo is not None
+        hi = np.full(lo.shape, 1 << (8 * lo.itemsize - 1), lo.dtype)
+    high = numerics.from_bits(hi, part.dtype)
+    low = None if lo is None else numerics.from_bits(lo, part.dtype)
+    return numerics.Difference(high, low)
