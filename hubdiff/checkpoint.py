@@ -87,17 +87,20 @@ def open_checkpoint(tree: FileTree) -> Iterator[Checkpoint]:
 
 def read_json(tree: FileTree, path: str) -> dict[str, Any]:
     """A JSON object of the tree, ``{}`` where the file is absent."""
-    if path not in tree.files():
-        return {}
+    return parse_json(tree.read_bytes(path), f"{tree.pin}/{path}") if path in tree.files() else {}
+
+
+def parse_json(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object; ``where`` names the file in errors."""
     try:
-        document = json.loads(tree.read_bytes(path))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{tree.pin}/{path} is not JSON ({error})", next_step="Repair or replace that file."
+            f"{where} is not JSON ({error})", next_step="Repair or replace that file."
         ) from error
     if not isinstance(document, dict):
         raise CheckpointError(
-            f"{tree.pin}/{path} is not a JSON object", next_step="Repair or replace that file."
+            f"{where} is not a JSON object", next_step="Repair or replace that file."
         )
     return document
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from hubdiff.checkpoint import MANIFEST, Checkpoint, Placed
 from hubdiff.encodings import ENCODINGS, SEGMENT
+from hubdiff.encodings.payload import index_bytes
 from hubdiff.errors import BadManifest, CorruptPayload, NotADelta
 from hubdiff.files import FileTree, open_tree
 from hubdiff.manifest import GROUPS, Manifest, TensorRecord, parse_manifest
@@ -91,6 +92,12 @@ class Delta:
                 f"{self.tree.pin}: tensor {record.name!r} has the unknown encoding "
                 f"{part.encoding!r}",
                 next_step="Upgrade hubdiff: pip install --upgrade hubdiff.",
+            )
+        if index_bytes(count, len(part.layers)) > part.bytes and part.encoding != "plain":
+            raise CorruptPayload(
+                f"{self.tree.pin}: the {group} layer of tensor {record.name!r} has {part.bytes:,} "
+                "bytes, too few for its index",
+                next_step=DAMAGED,
             )
         if part.encoding == "plain" and tensor_bytes(part.dtype, record.shape) != part.bytes:
             raise CorruptPayload(

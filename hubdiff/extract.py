@@ -178,8 +178,8 @@ class _Worker:
         piece.changed += int((tuned.float() != base.float()).sum())
         self._encode_delta(piece, segment, delta)
         predicted = numerics.add(base, delta, 1.0, tuned.dtype)
-        residual = numerics.residual(tuned, predicted)
-        if residual.any():
+        if not torch.equal(numerics.bits(tuned), numerics.bits(predicted)):
+            residual = numerics.residual(tuned, predicted)
             encoding = ENCODINGS["packed" if tuned.element_size() == 2 else "planes"]
             piece.blobs.append(("exact", segment, (encoding.encode(numerics.to_bits(residual)),)))
 

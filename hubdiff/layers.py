@@ -22,6 +22,7 @@ from hubdiff.hashing import tensor_hash
 from hubdiff.manifest import FileRecord, Part
 from hubdiff.safetensors_io import build_header
 from hubdiff.stream import unit_bytes
+from hubdiff.writer import disk_errors, write_all
 
 # What the Hub and its clients handle well in one file.
 SHARD_BYTES = 4 << 30
@@ -45,7 +46,9 @@ class LayerWriter:
 
     def __init__(self, folder: Path, group: str) -> None:
         self._folder, self._group = folder, group
-        self._spool = (folder / f".{group}.spool").open("w+b")
+        spool = folder / f".{group}.spool"
+        with disk_errors(spool):
+            self._spool = spool.open("w+b", buffering=0)
         self._stored: list[_Stored] = []
         self._end = 0
 
@@ -70,12 +73,13 @@ class LayerWriter:
     def append(self, data: bytes | memoryview) -> int:
         """Write at the end; the position it went to."""
         position = self._end
-        os.pwrite(self._spool.fileno(), data, position)
+        self.write_at(position, data)
         self._end += len(data)
         return position
 
-    def write_at(self, position: int, data: bytes) -> None:
-        os.pwrite(self._spool.fileno(), data, position)
+    def write_at(self, position: int, data: bytes | memoryview) -> None:
+        with disk_errors(Path(self._spool.name)):
+            write_all(self._spool.fileno(), data, position)
 
     def store(self, name: str, dtype: str, shape: tuple[int, ...], begin: int) -> str:
         """The bytes from ``begin`` to the end are this tensor; their blake3."""
@@ -111,7 +115,8 @@ class LayerWriter:
             {"format": "hubdiff", "layer": self._group},
         )
         digest, size = hashlib.sha256(header), len(header)
-        with (self._folder / name).open("wb") as file:
+        path = self._folder / name
+        with disk_errors(path), path.open("wb") as file:
             file.write(header)
             for piece in self._pieces(shard[0].begin, shard[-1].begin + shard[-1].nbytes):
                 digest.update(piece)

@@ -24,8 +24,13 @@ from hubdiff.safetensors_io import DTYPE_BITS, MAX_HEADER_BYTES, tensor_bytes
 
 FORMAT_VERSION = 1
 GROUPS = ("delta", "tail", "exact")
-# What each kind of part holds, layer by layer.
-LAYERS = (("hi", "lo"), ("hi",), ("lo",), ("raw",), ("ulp",))
+# What a part of each group may hold, layer by layer.
+LAYERS = {
+    "delta": (("hi", "lo"), ("hi",), ("raw",)),
+    "tail": (("lo",),),
+    "exact": (("raw",), ("ulp",)),
+}
+_FLOATS = ("BF16", "F16", "F32")
 _HEX = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 T = TypeVar("T")
@@ -186,7 +191,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     ``NewerFormat``."""
     try:
         document = json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _bad(where, f"is not JSON ({error})") from error
     root = _Reader(document, where, "")
     version = root.get("format_version", _positive)
@@ -317,8 +322,7 @@ def _tensor(reader: _Reader) -> TensorRecord:
     except ValueError as error:
         raise reader.bad("shape", str(error)) from error
     parts = tuple(_part(item) for item in reader.children("parts"))
-    if len({part.group for part in parts}) != len(parts):
-        raise reader.bad("parts", f"tensor {name!r} has two parts of one group")
+    _check_parts(parts, dtype, base_dtype, reader)
     return TensorRecord(
         name=name,
         shape=shape,
@@ -335,14 +339,35 @@ def _tensor(reader: _Reader) -> TensorRecord:
     )
 
 
+def _check_parts(
+    parts: tuple[Part, ...], dtype: str, base_dtype: str | None, reader: _Reader
+) -> None:
+    """What the arithmetic takes for granted about the parts of one tensor."""
+    if len({part.group for part in parts}) != len(parts):
+        raise reader.bad("parts", "holds two of one group")
+    if base_dtype is None and [(p.group, p.layers) for p in parts] != [("delta", ("raw",))]:
+        raise reader.bad("parts", "must be the raw tensor alone: it has no base")
+    floats = {part.dtype for part in parts if {"hi", "lo"} & set(part.layers)}
+    if len(floats) > 1:
+        raise reader.bad("parts", f"gives Δ two dtypes, {' and '.join(sorted(floats))}")
+    for part in parts:
+        if part.layers in (("raw",), ("ulp",)) and part.dtype != dtype:
+            raise reader.bad("parts", f"holds {part.dtype} bits of a {dtype} tensor")
+        if part.layers == ("raw",):
+            if base_dtype is not None and part.group != "exact":
+                raise reader.bad("parts", "holds the raw tensor instead of a difference")
+        elif not {dtype, base_dtype, part.dtype} <= set(_FLOATS):
+            raise reader.bad("parts", f"holds a difference of {dtype} and {base_dtype} tensors")
+
+
 def _part(reader: _Reader) -> Part:
+    group = reader.get("group", _one_of(*GROUPS))
     layers = tuple(reader.get("layers", _strings))
-    if layers not in LAYERS:
-        raise reader.bad(
-            "layers", f"is {list(layers)!r}; known are {[list(known) for known in LAYERS]}"
-        )
+    if layers not in LAYERS[group]:
+        known = [list(layers) for layers in LAYERS[group]]
+        raise reader.bad("layers", f"is {list(layers)!r}; known are {known}")
     return Part(
-        group=reader.get("group", _one_of(*GROUPS)),
+        group=group,
         layers=layers,
         encoding=reader.get("encoding", _string),
         dtype=reader.get("dtype", _one_of(*DTYPE_BITS)),
@@ -406,10 +431,16 @@ def _typed(kind: type[T], words: str) -> Callable[[Any], T]:
     return check
 
 
-_string = _typed(str, "a string")
 _boolean = _typed(bool, "true or false")
 _object: Callable[[Any], dict[str, Any]] = _typed(dict, "an object")
 _list: Callable[[Any], list[Any]] = _typed(list, "a list")
+
+
+def _string(value: Any) -> str:
+    # JSON can spell half a surrogate pair, which can neither be printed nor written to a file.
+    if not isinstance(value, str) or any(0xD800 <= ord(char) < 0xE000 for char in value):
+        raise _Wrong("a string")
+    return value
 
 
 def _nothing(value: Any) -> None:
@@ -430,7 +461,7 @@ def _positive(value: Any) -> int:
 
 
 def _number(value: Any) -> float:
-    if type(value) not in (int, float) or value < 0:
+    if type(value) not in (int, float) or not 0 <= value < 1e300:  # NaN and Infinity out, too
         raise _Wrong("a number from 0")
     return float(value)
 

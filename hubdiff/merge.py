@@ -16,7 +16,7 @@ import torch
 from hubdiff import numerics
 from hubdiff.errors import CorruptPayload, IntegrityError, WrongBase
 from hubdiff.files import ByteReader
-from hubdiff.hashing import FileHashes, Lane, StreamHash, check_hash, tensor_hash
+from hubdiff.hashing import FileHashes, Lane, StreamHash, check_hash, hash_bytes, tensor_hash
 from hubdiff.manifest import FileRecord, Part, TensorRecord
 from hubdiff.payloads import (
     Layers,
@@ -68,14 +68,16 @@ def run(plan: MergePlan, sink: Sink, device: torch.device, progress: Progress) -
 
 def _whole(plan: MergePlan, file: WholeFile, sink: Sink) -> FileRecord | None:
     if file.data is not None:
-        return sink.done(file.path) or sink.put(file.path, file.data)
+        finished = sink.done(file.path)
+        same = finished is not None and finished.sha256 == hash_bytes(file.data)
+        return finished if same else sink.put(file.path, file.data)
     assert file.source is not None
     tree = plan.target.tree if file.origin == "target" else plan.delta.tree
     if sink.copies_from(tree.pin):
         sink.copy(file.path, tree.pin, file.source)
         return None
     finished = sink.done(file.path)
-    if finished is not None:
+    if finished is not None and file.sha256 in (None, finished.sha256):
         return finished
     with tree.open(file.source) as reader:
         record = _copy(reader, file, sink, f"{tree.pin}/{file.source}")
@@ -205,7 +207,7 @@ class _Maker:
         if delta is not None:
             result = self._add(given, delta, dtype)
         else:
-            result = given if source_dtype == dtype else given.to(numerics.DTYPES[dtype])
+            result = numerics.cast(given, numerics.DTYPES[dtype])
         ulp = layers.get("ulp")
         if ulp is not None:
             zigzagged = torch.from_numpy(ulp.view(f"<i{ulp.itemsize}"))

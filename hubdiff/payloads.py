@@ -50,7 +50,12 @@ class PlacedPart:
 
     def parse_index(self, raw: memoryview) -> Index:
         layers = len(self.part.layers)
-        return Index(bytes(raw), parse_index(raw, self.count, layers, self.part.bytes))
+        try:
+            blobs = parse_index(raw, self.count, layers, self.part.bytes)
+        except CorruptPayload as error:
+            name = f"{self.part.group} layer of tensor {self.placed.entry.name}"
+            raise CorruptPayload(f"{name}: {error}", next_step=DAMAGED) from error
+        return Index(bytes(raw), blobs)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hubdiff import sidecars
-from hubdiff.checkpoint import INDEX, SINGLE, Checkpoint, Placed, read_json
+from hubdiff.checkpoint import INDEX, SINGLE, Checkpoint, Placed, parse_json, read_json
 from hubdiff.configs import CONFIG_RULES, GENERATION_RULES, json_text, merge_json, quantised, tied
 from hubdiff.delta import Delta
 from hubdiff.errors import BadManifest, NamesMismatch, NotPortable
-from hubdiff.hashing import hash_bytes
+from hubdiff.hashing import check_hash, hash_bytes
 from hubdiff.manifest import GROUPS, FileRecord, TensorRecord
 from hubdiff.names import Match, Rename, match_names
 from hubdiff.pair import EMBEDDINGS, FLOATS, HEADS, Filters, check_shapes
@@ -514,16 +514,25 @@ class _Transfer:
         return f"{info.size} bytes of the target"
 
     def _merged(self, path: str) -> WholeFile:
-        tree = self.delta.tree
         merged = merge_json(
-            read_json(tree, f"base/{path}"),
-            read_json(tree, f"tuned/{path}"),
+            self._carried_json(f"base/{path}"),
+            self._carried_json(f"tuned/{path}"),
             read_json(self.target.tree, path),
             CONFIG_RULES if path == "config.json" else GENERATION_RULES,
         )
         self.notes.extend(f"{path}: {note}" for note in merged.notes)
         data = json_text(merged.value).encode()
         return WholeFile(path, len(data), "made", data=data)
+
+    def _carried_json(self, path: str) -> dict[str, Any]:
+        """A config that the delta carries, checked; ``{}`` for one that its side never had."""
+        record = next((f for f in self.delta.manifest.side_files if f.path == path), None)
+        if record is None:
+            return {}
+        _require(self.delta, path)
+        data, where = self.delta.tree.read_bytes(path), f"{self.delta.tree.pin}/{path}"
+        check_hash(hash_bytes(data), record.sha256, where)
+        return parse_json(data, where)
 
     def _index(self, added: dict[str, TensorRecord]) -> WholeFile:
         assert self.target.index is not None

@@ -33,8 +33,6 @@ def recognise(delta: Delta, target: Checkpoint) -> Verdict:
     missing = _missing_side_file(delta, target)
     if missing:
         return Verdict(False, True, f"it lacks {missing}, which the own base has")
-    if _same_files(delta, target):
-        return Verdict(True, True, "its weight files have the base's sha256")
     records = [record for record in delta.manifest.tensors if not record.added]
     for record in records:
         placed = target.tensors.get(record.name)
@@ -42,6 +40,8 @@ def recognise(delta: Delta, target: Checkpoint) -> Verdict:
             return Verdict(False, True, f"it has no tensor {record.name}")
         if (placed.entry.dtype, placed.entry.shape) != (record.base_dtype, record.shape):
             return Verdict(False, True, f"{record.name} has another dtype or shape")
+    if _same_files(delta, target):
+        return Verdict(True, True, "its weight files have the base's sha256")
     for record in _probes(records, target):
         if not _probe_matches(record, target):
             return Verdict(False, True, f"{record.name} differs from the base's")
@@ -61,7 +61,8 @@ def _missing_side_file(delta: Delta, target: Checkpoint) -> str | None:
 
 def _same_files(delta: Delta, target: Checkpoint) -> bool:
     listed = {target.tree.files()[file].sha256 for file in target.shards}
-    return all(file.sha256 in listed for file in delta.manifest.base.files)
+    files = delta.manifest.base.files
+    return bool(files) and all(file.sha256 in listed for file in files)
 
 
 def _probes(records: list[TensorRecord], target: Checkpoint) -> list[TensorRecord]:

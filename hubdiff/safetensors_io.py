@@ -18,6 +18,7 @@ from hubdiff.files import ByteReader
 
 # The limit of the reference implementation; a header above it is an attack or a broken file.
 MAX_HEADER_BYTES = 100_000_000
+_MAX_BITS = 1 << 63
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -60,8 +61,13 @@ class Header:
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a dense tensor. Raises ValueError where they don't make whole bytes."""
-    bits = DTYPE_BITS[dtype] * math.prod(shape)
+    """Bytes of a dense tensor. Raises ValueError where they don't make whole bytes, or more than
+    any file holds (a product without a bound could take forever to compute)."""
+    bits = DTYPE_BITS[dtype]
+    for length in shape:
+        bits *= length
+        if bits >= _MAX_BITS:
+            raise ValueError("a tensor of that shape is larger than any file")
     if bits % 8:
         raise ValueError(f"{bits} bits are not whole bytes")
     return bits // 8
@@ -140,7 +146,7 @@ def _parse_json(text: bytes, where: str) -> dict[str, Any]:
         raise _bad(where, "the header is not a JSON object")
     try:
         document = json.loads(text, object_pairs_hook=refuse_repeats)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise _bad(where, f"the header is not JSON ({error})") from error
     if not isinstance(document, dict):
         raise _bad(where, "the header is not a JSON object")
@@ -150,8 +156,10 @@ def _parse_json(text: bytes, where: str) -> dict[str, Any]:
 def _parse_entry(name: str, value: Any, data_start: int, where: str) -> TensorEntry:
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise _bad(where, f"tensor {name!r} lacks dtype, shape or data_offsets")
+    if not _is_text(name):
+        raise _bad(where, f"the name {name!r} is not Unicode text")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _bad(where, f"tensor {name!r} has the unknown dtype {dtype!r}")
     if not _naturals(shape):
         raise _bad(where, f"tensor {name!r} has the shape {shape!r}")
@@ -169,6 +177,11 @@ def _parse_entry(name: str, value: Any, data_start: int, where: str) -> TensorEn
             f"its offsets span {entry.nbytes:,}",
         )
     return entry
+
+
+def _is_text(name: str) -> bool:
+    """JSON can spell half a surrogate pair, which no UTF-8 file can hold."""
+    return not any(0xD800 <= ord(char) < 0xE000 for char in name)
 
 
 def _naturals(value: Any) -> bool:

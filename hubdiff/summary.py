@@ -52,7 +52,7 @@ def summarise(manifest: Mapping[str, Any]) -> Summary:
     layers = manifest.get("layers") or {}
     tuned = manifest.get("tuned") or {}
     return Summary(
-        portable_bytes=_size(_items(layers, "delta")),
+        portable_bytes=_size([*_items(layers, "delta"), *_items(layers, "tail")]),
         exact_bytes=_size(_items(layers, "exact")),
         tuned_bytes=_size([f for f in _items(tuned, "files") if f.get("source") == "weights"]),
         encodings=_encodings(tensors),
@@ -74,12 +74,11 @@ def _size(files: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _encodings(tensors: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Bytes of payload by encoding, both layers together, the largest first."""
+    """Bytes of payload by encoding, all layers together, the largest first."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
-        for payload in (tensor.get("delta"), tensor.get("exact")):
-            if payload:
-                sizes[str(payload.get("encoding"))] += payload.get("bytes") or 0
+        for part in _items(tensor, "parts"):
+            sizes[str(part.get("encoding"))] += part.get("bytes") or 0
     return dict(sorted(sizes.items(), key=lambda item: (-item[1], item[0])))
 
 

@@ -36,8 +36,8 @@ class OutputFile:
 
     def __init__(self, path: Path, size: int) -> None:
         self.path, self._size = path, size
-        path.parent.mkdir(parents=True, exist_ok=True)
         with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             # open() honours the umask: a file of normal permissions, unlike a NamedTemporaryFile.
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
@@ -48,15 +48,20 @@ class OutputFile:
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         with disk_errors(self.path):
-            view = memoryview(data).cast("B")
-            while len(view):
-                count = os.pwrite(self._fd, view, offset)
-                view, offset = view[count:], offset + count
+            write_all(self._fd, data, offset)
 
     def close(self) -> None:
         with disk_errors(self.path):
             os.fsync(self._fd)
             os.close(self._fd)
+
+
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write at ``offset``, again until nothing is left: a disk nearly full takes a part only."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
 
 
 def _reserve(fd: int, size: int) -> None:

@@ -47,8 +47,7 @@ MANIFEST: dict[str, Any] = {
             "shape": [100],
             "dtype": "BF16",
             "base_dtype": "BF16",
-            "delta": {"encoding": "packed", "bytes": 90},
-            "exact": None,
+            "parts": [{"group": "delta", "encoding": "packed", "bytes": 90}],
             "changed": 60,
             "delta_norm": 0.25,
             "base_norm": 10.0,
@@ -258,7 +257,7 @@ def named(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
         tuned={**side, "not_carried": [{"path": text, "size": 1, "reason": text}]},
         provenance={"remote": text, "commit": text, "dirty": False},
     )
-    manifest["tensors"][0]["delta"]["encoding"] = text
+    manifest["tensors"][0]["parts"][0]["encoding"] = text
     record = changed(
         RECORD,
         delta=side,

@@ -19,8 +19,10 @@ MANIFEST: dict[str, Any] = {
             "name": "one",
             "shape": [10, 10],
             "base_dtype": "BF16",
-            "delta": {"encoding": "packed", "bytes": 100},
-            "exact": {"encoding": "plain", "bytes": 5},
+            "parts": [
+                {"group": "delta", "encoding": "packed", "bytes": 100},
+                {"group": "exact", "encoding": "plain", "bytes": 5},
+            ],
             "changed": 25,
             "delta_norm": 3.0,
             "base_norm": 6.0,
@@ -29,8 +31,7 @@ MANIFEST: dict[str, Any] = {
             "name": "same",
             "shape": [100],
             "base_dtype": "BF16",
-            "delta": None,
-            "exact": None,
+            "parts": [],
             "changed": 0,
             "delta_norm": 0.0,
             "base_norm": 8.0,
@@ -39,12 +40,12 @@ MANIFEST: dict[str, Any] = {
             "name": "added",
             "shape": [7],
             "base_dtype": None,
-            "exact": {"encoding": "planes", "bytes": 300},
+            "parts": [{"group": "exact", "encoding": "planes", "bytes": 300}],
             "changed": 7,
         },
     ],
     "removed": ["x", "y"],
-    "layers": {"delta": [{"size": 110}, {"size": 90}], "exact": [{"size": 400}]},
+    "layers": {"delta": [{"size": 110}], "tail": [{"size": 90}], "exact": [{"size": 400}]},
 }
 
 

@@ -140,7 +140,11 @@ def _change(call: Call, repo: Repo, parent: str, line: dict[str, Any]) -> Change
 
 def _content(call: Call, path: str, value: dict[str, Any]) -> bytes:
     text = str(value.get("content", ""))
-    content = base64.b64decode(text) if value.get("encoding") == "base64" else text.encode()
+    is_base64 = value.get("encoding") == "base64"
+    try:
+        content = base64.b64decode(text, validate=True) if is_base64 else text.encode()
+    except ValueError as error:
+        raise bad_request(f"{path}: {error}") from None
     if len(content) > call.hub.options.large_file_bytes:
         raise bad_request(f"{path} is too large for git: it must be uploaded as a large file")
     return content

@@ -7,6 +7,7 @@ its token. Nothing is held in memory: ranges are read from disk as they are sent
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from pathlib import Path
@@ -63,12 +64,22 @@ class FileSlice(Response):
         start = {"type": "http.response.start", "status": self.status_code}
         await send({**start, "headers": self.raw_headers})
         position = self._end if scope["method"] == "HEAD" else self._start
-        with self._path.open("rb") as file:
-            while position < self._end:
-                piece = os.pread(file.fileno(), min(SEND_BYTES, self._end - position), position)
-                position += len(piece)
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        # Without this, a file would be read to its end, and counted, for a client that has gone.
+        gone = asyncio.ensure_future(_disconnect(receive))
+        try:
+            with self._path.open("rb") as file:
+                while position < self._end and not gone.done():
+                    piece = os.pread(file.fileno(), min(SEND_BYTES, self._end - position), position)
+                    position += len(piece)
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        finally:
+            gone.cancel()
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def bytes_response(request: Request, content: bytes, headers: dict[str, str]) -> Response:

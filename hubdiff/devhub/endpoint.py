@@ -56,13 +56,7 @@ class Call:
         return self.query(name).lower() in ("1", "true")
 
     def json(self) -> dict[str, Any]:
-        try:
-            value = json.loads(self.body or b"{}")
-        except ValueError as error:
-            raise bad_request(f"The body is not JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise bad_request("The body must be a JSON object")
-        return value
+        return _json_object(self.body or b"{}")
 
     def form(self) -> dict[str, list[str]]:
         return parse_qs(self.body.decode(), keep_blank_values=True)
@@ -138,6 +132,8 @@ class Endpoint:
             answer = await run_in_threadpool(self._handle, call)
         except Refusal as refusal:
             return _refused(refusal)
+        except ClientDisconnect:
+            raise
         except Exception as error:
             # Whatever went wrong, a client must get an answer and the developer the traceback.
             logger.exception("%s %s", call.request.method, call.record.path)
@@ -208,4 +204,14 @@ def read_lines(body: bytes) -> Iterator[dict[str, Any]]:
     """The objects of an ndjson body."""
     for line in body.splitlines():
         if line.strip():
-            yield json.loads(line)
+            yield _json_object(line)
+
+
+def _json_object(text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise bad_request(f"The body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise bad_request("The body must be a JSON object")
+    return value

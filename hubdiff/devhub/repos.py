@@ -46,7 +46,7 @@ def create(call: Call) -> Any:
     if kind not in KINDS:
         raise bad_request(f"Unknown repo type {kind!r}")
     namespace = str(body.get("organization") or user)
-    name = f"{namespace}/{body.get('name')}"
+    name = f"{namespace}/{body.get('name', '')}"
     call.record.repo = name
     call.hub.store.check_namespace(namespace, user)
     private = body.get("private") is True

@@ -54,7 +54,7 @@ class Subject:
     path: str | None = None
 
     def __str__(self) -> str:
-        repo = f"{self.repo}@{self.revision}" if self.revision else self.repo
+        repo = f"{self.repo}@{self.revision}" if self.revision else self.repo or "the Hub"
         return f"{self.path} in {repo}" if self.path else repo
 
 
@@ -132,6 +132,10 @@ def _no_file(error: BaseException, subject: Subject) -> HubdiffError | None:
 
 def _auth(error: BaseException, subject: Subject) -> HubdiffError:
     return AuthError(f"{subject}: {_said(error)}", next_step=LOGIN)
+
+
+def _no_token(error: BaseException, subject: Subject) -> HubdiffError:
+    return AuthError("this needs a token of the Hub, and there is none here", next_step=LOGIN)
 
 
 def _denied(error: BaseException, subject: Subject) -> HubdiffError | None:
@@ -212,7 +216,8 @@ _TABLE: list[tuple[Any, _Build]] = [
     (client.RevisionNotFoundError, _no_revision),
     (client.EntryNotFoundError, _no_file),
     (client.OfflineModeIsEnabled, _offline),
-    ((client.LocalTokenNotFoundError, client.OIDCError, client.DeviceCodeError), _auth),
+    (client.LocalTokenNotFoundError, _no_token),
+    ((client.OIDCError, client.DeviceCodeError), _auth),
     ((client.HFValidationError, client.HfUriError), _bad_name),
     (client.FileDuplicationError, _copy_failed),
     (client.HfHubHTTPError, _status),

@@ -152,6 +152,7 @@ class _Apply:
         from hubdiff import merge
 
         progress = self.progress or Silent()
+        progress.note(plan.reason)
         device = choose_device(self.device)
         with open_sink(
             self.destination,
@@ -250,7 +251,7 @@ def _run_name(plan: MergePlan, filters: Filters) -> str:
     """What makes two runs the same, so that one may go on where the other was killed."""
     target = plan.target.tree
     root = target.pin.path
-    stamps = [(root / file).stat().st_mtime_ns for file in plan.target.shards] if root else []
+    stamps = [(root / file).stat().st_mtime_ns for file in target.files()] if root else []
     manifest = plan.delta.tree.read_bytes(MANIFEST)
     parts = [
         __version__,

@@ -186,3 +186,13 @@ def test_concurrent_commits_all_arrive(alice: HfApi, repo: str) -> None:
     for future in futures:
         future.result()
     assert len(alice.list_repo_files(repo)) == 1 + 4
+
+
+def test_malformed_commits_are_refused(alice: HfApi, http: httpx2.Client, repo: str) -> None:
+    before = alice.model_info(repo).sha
+    header = b'{"key": "header", "value": {"summary": "s"}}\n'
+    bad_content = {"key": "file", "value": {"path": "a", "content": "!", "encoding": "base64"}}
+    for body in (b"", b"not json", b"[]", header + b"{", header + json.dumps(bad_content).encode()):
+        answer = http.post(f"/api/models/{repo}/commit/main", content=body, headers=AUTH)
+        assert answer.status_code == 400
+    assert alice.model_info(repo).sha == before

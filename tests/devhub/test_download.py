@@ -136,3 +136,15 @@ def test_the_log_counts_bytes_by_file(hub: DevHub, http: httpx2.Client, files: s
     assert hub.log.count(kind="resolve", repo=files, file="sub/w.bin", method="HEAD") == 1
     hub.log.clear()
     assert len(hub.log) == 0
+
+
+def test_a_client_that_leaves_early_is_not_sent_the_rest(
+    hub: DevHub, http: httpx2.Client, alice: HfApi, repo: str
+) -> None:
+    size = 60_000_000
+    alice.upload_file(path_or_fileobj=bytes(size), path_in_repo="zeros.bin", repo_id=repo)
+    url = http.head(f"/{repo}/resolve/main/zeros.bin").headers["Location"]
+    with http.stream("GET", url) as answer:
+        next(answer.iter_raw())
+    http.get("/api/whoami-v2")
+    assert 0 < hub.log.bytes_served(repo, "zeros.bin") < size / 2

@@ -99,7 +99,7 @@ def test_private_repos_look_missing_to_others(alice: HfApi, bob: HfApi, stranger
         assert status_of(error) == status
         with pytest.raises(RepositoryNotFoundError):
             api.hf_hub_download("alice/secret", "x")
-    names = [model.id for model in bob.list_models(author="alice")]
+    names = [model.id for model in bob.list_models(search="secret")]
     assert "alice/secret" not in names
     alice.update_repo_settings("alice/secret", visibility="public")
     assert stranger.model_info("alice/secret").private is False

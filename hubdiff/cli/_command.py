@@ -1,0 +1,73 @@
+"""What the commands share: how their help reads, and the options that several of them have."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+HELP = {"help_option_names": ["-h", "--help"]}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Command(click.Command):
+    """A command with a usage line written by hand (which options go together is what people look
+    for there) and examples that work when pasted."""
+
+    def __init__(
+        self, *args: Any, usage: str = "", examples: Sequence[str] = (), **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **{"context_settings": HELP, **kwargs})
+        self.usage, self.examples = usage, tuple(examples)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, self.usage)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Examples"):
+            for example in self.examples:
+                formatter.write(f"{'':{formatter.current_indent}}{example}\n")
+
+
+def filters(subject: str) -> Callable[[F], F]:
+    """--include and --exclude; ``subject`` says what their globs match."""
+
+    def decorate(function: F) -> F:
+        function = click.option(
+            "--exclude", multiple=True, metavar="GLOB", help=f"Not these {subject}; repeatable."
+        )(function)
+        return click.option(
+            "--include", multiple=True, metavar="GLOB", help=f"Only these {subject}; repeatable."
+        )(function)
+
+    return decorate
+
+
+private = click.option("--private", is_flag=True, help="Make the repo private, if it is new.")
+pr = click.option("--pr", is_flag=True, help="Open a pull request instead of committing.")
+cache = click.option("--cache", is_flag=True, help="Keep what is downloaded in the Hub cache.")
+# Read from the raw command line (Session.json): a wrong one must be answered in JSON too.
+json_output = click.option(
+    "--json", is_flag=True, expose_value=False, help="Print one JSON object, also for an error."
+)
+
+
+class Scale(click.ParamType):
+    """A factor that float32 can hold, which is what the arithmetic takes."""
+
+    name = "number"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        try:
+            scale = float(value)
+            finite = scale - scale == 0
+            struct.pack("f", scale)
+        except (ValueError, OverflowError):
+            finite = False
+        if not finite:
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return scale

@@ -1,0 +1,252 @@
+"""The promises hubdiff makes, each the name of a test. Everything goes through the public jobs, most
+of it over HTTP with the Hub's own client, and is judged by what the Hub lists or by arithmetic done
+another way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import on_hub
+import pytest
+import rounding
+import torch
+from blake3 import blake3
+from huggingface_hub import CommitOperationAdd
+from on_hub import Family, NewName, PutRepo, contents, ids, listing
+from safetensors import safe_open
+
+from hubdiff.devhub import DevHub
+from hubdiff.errors import BadManifest, BadSafetensors, CorruptPayload, HubdiffError, IntegrityError
+from hubdiff.hub import retry
+from hubdiff.jobs.apply import apply
+from hubdiff.jobs.push import push_delta
+
+RECORD = "hubdiff-result.json"
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "BACKOFF_SECONDS", 0.001)
+
+
+# --- 1. every bit ---
+
+
+def test_own_base_restores_every_bit(
+    devhub: DevHub, put_repo: PutRepo, new_name: NewName, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    base, tuned = strange_pair(tmp_path, dtype)
+    base_repo, tuned_repo = put_repo(contents(base)), put_repo(contents(tuned))
+    expected = listing(devhub, tuned_repo)
+    assert len(expected) == len(contents(tuned))
+
+    # From folder to folder.
+    push_delta(tuned, tmp_path / "delta", base=base)
+    applied = apply(tmp_path / "delta", base, output=tmp_path / "rebuilt")
+    assert applied.plan["case"] == "own base"
+    assert ids(tmp_path / "rebuilt", expected) == expected
+
+    # All of it on the Hub.
+    delta_repo, result_repo = new_name(), new_name()
+    push_delta(tuned_repo, delta_repo, base=base_repo)
+    assert apply(delta_repo, base_repo, push_to=result_repo).plan["case"] == "own base"
+    assert listing(devhub, result_repo) == expected
+
+    # From the Hub to a folder, over a stream that breaks off again and again.
+    devhub.faults.add("short", "cdn-files", times=5, after_bytes=10_000)
+    apply(delta_repo, base_repo, output=tmp_path / "fetched")
+    assert ids(tmp_path / "fetched", expected) == expected
+    assert set(contents(tmp_path / "fetched")) == {*expected, RECORD}
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    found: torch.dtype = request.param
+    return found
+
+
+def strange_pair(folder: Path, dtype: torch.dtype) -> tuple[Path, Path]:
+    """A base in one file and its fine-tune in three, with all that is hard to restore: specials,
+    tensors that are not floats, empty, of one element, new, gone, and other dtypes."""
+    base = models.weights(0, dtype)
+    tuned = models.moved(base)
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-7, -1e-7, 3e4])
+    pairs = torch.cartesian_prod(special, special).to(dtype)
+    base["model.special"], tuned["model.special"] = pairs[:, 0].clone(), pairs[:, 1].clone()
+    base["model.patterns"], tuned["model.patterns"] = any_bits(dtype, 1), any_bits(dtype, 2)
+    base["model.wide"] = torch.linspace(-1, 1, 50, dtype=torch.float64)
+    tuned["model.wide"] = base["model.wide"] * (1 + 1e-12)
+    base["model.count"], tuned["model.count"] = torch.arange(9), torch.arange(9) * 3
+    base["model.mask"], tuned["model.mask"] = torch.ones(7).bool(), torch.zeros(7).bool()
+    base["model.empty"] = tuned["model.empty"] = torch.zeros(0, 4, dtype=dtype)
+    base["model.one"] = torch.tensor(1.0, dtype=dtype)
+    tuned["model.one"] = torch.tensor(2.0, dtype=dtype)
+    base["model.gone"] = torch.ones(3, dtype=dtype)
+    tuned["model.new"] = torch.arange(5).to(dtype)
+    models.save(folder / "base", base, files={"README.md": on_hub.card(license="mit")})
+    readme = on_hub.card("# Tuned", license="mit")
+    files = {"README.md": readme, "chat_template.jinja": "{{ x }}", "notes.txt": "é\r\n"}
+    models.save(folder / "tuned", tuned, shards=3, files=files, tuned_on="sums")
+    return folder / "base", folder / "tuned"
+
+
+def any_bits(dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Every kind of float there is, quiet and signalling NaNs with payloads among them."""
+    raw = np.random.default_rng(seed).integers(0, 256, 4 * 1000, np.uint8)
+    return torch.from_numpy(raw).view(dtype)
+
+
+# --- 2. target + Δ, rounded once ---
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["packed", "plain"])
+@pytest.mark.parametrize(
+    ("of", "onto"),
+    [(BF16, BF16), (FP16, FP16), (BF16, FP32), (FP16, FP32), (BF16, FP16), (FP16, BF16)],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+def test_result_is_target_plus_exact_delta_rounded_once(
+    tmp_path: Path, of: torch.dtype, onto: torch.dtype, plain: bool
+) -> None:
+    base, tuned, target = three_models(of, onto)
+    models.save(tmp_path / "base", base)
+    models.save(tmp_path / "tuned", tuned)
+    models.save(tmp_path / "target", target)
+    push_delta(tmp_path / "tuned", tmp_path / "delta", base=tmp_path / "base", plain=plain)
+
+    applied = apply(tmp_path / "delta", tmp_path / "target", output=tmp_path / "result")
+    assert applied.plan["case"] == "transfer"
+    result = load(tmp_path / "result")
+    for name, given in target.items():
+        expected = rounded_sum(name, given, tuned[name], base[name], 1, onto)
+        found = rounding.patterns(result[name])
+        # Where the sum is nothing, either zero will do.
+        same = (found == expected) | ((result[name].reshape(-1) == 0).numpy() & (expected == 0))
+        assert same.all(), f"{name}: {np.flatnonzero(~same)[:5]}"
+
+    for scale in (0.7, -1.0, 0.0):
+        output = tmp_path / f"scaled {scale}"
+        apply(tmp_path / "delta", tmp_path / "target", output=output, scale=scale)
+        result = load(output)
+        for name, given in target.items():
+            expected = rounded_sum(name, given, tuned[name], base[name], scale, onto)
+            apart = rounding.ulps_apart(rounding.patterns(result[name]), expected, onto)
+            assert apart.max() <= 1, (name, scale)
+
+
+def three_models(
+    of: torch.dtype, onto: torch.dtype
+) -> tuple[on_hub.Tensors, on_hub.Tensors, on_hub.Tensors]:
+    """Base, tuned and target of usual weights, and one tensor each of every exponent there is."""
+    base = models.weights(0, of)
+    tuned = models.moved(base, frozen="nothing")
+    target = models.moved(models.weights(0, onto), step=1e-3, seed=5, frozen="nothing")
+    for seed, (side, dtype) in enumerate(((base, of), (tuned, of), (target, onto))):
+        drawn = any_bits(dtype, seed)[:800]
+        side["model.wild"] = torch.where(torch.isfinite(drawn), drawn, 0.5)
+    return base, tuned, target
+
+
+def rounded_sum(
+    name: str,
+    target: torch.Tensor,
+    tuned: torch.Tensor,
+    base: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+) -> np.ndarray:
+    """round(target + scale·(tuned − base)) from the three models alone."""
+    factor = float(np.float32(scale))
+    if name == "model.wild":
+        terms = zip(*map(rounding.fractions, (target, tuned, base)), strict=True)
+        scaled = rounding.Fraction(factor)
+        sums = [t + scaled * (x - y) for t, x, y in terms]
+        return np.array([rounding.round_exact(value, dtype) for value in sums], np.uint64)
+    assert rounding.exact_in_float64(target, tuned, base)
+    t, x, y = (tensor.double().numpy().reshape(-1) for tensor in (target, tuned, base))
+    return rounding.round_float64(t + factor * (x - y), dtype)
+
+
+def load(folder: Path) -> on_hub.Tensors:
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return tensors
+
+
+# --- 3. planned bytes only ---
+
+
+@pytest.fixture
+def family(put_repo: PutRepo, tmp_path: Path) -> Family:
+    """A tune that changed one layer's attention, and a target in three shards."""
+    return on_hub.family(put_repo, tmp_path, only="layers.1.self_attn")
+
+
+@pytest.fixture
+def delta_repo(devhub: DevHub, family: Family, new_name: NewName) -> str:
+    name = new_name()
+    push_delta(family.tuned_repo, name, base=family.base_repo)
+    devhub.log.clear()
+    return name
+
+
+@pytest.mark.parametrize("case", ["own base", "transfer"])
+def test_reads_only_planned_bytes(
+    devhub: DevHub, family: Family, delta_repo: str, tmp_path: Path, case: str
+) -> None:
+    target = family.base_repo if case == "own base" else family.target_repo
+    planned = apply(delta_repo, target, output=tmp_path / "result", dry_run=True)
+    assert planned.plan["case"] == case
+    looked = {repo: weights_served(devhub, repo) for repo in (delta_repo, target)}
+    # The dry run reads headers and, to tell the two cases apart, a few KB of one tensor.
+    assert looked[target] <= headers(family, target) + 4096
+    assert not (tmp_path / "result").exists()
+
+    devhub.log.clear()
+    applied = apply(delta_repo, target, output=tmp_path / "result")
+    assert applied.plan == planned.plan == json.loads(json.dumps(planned.plan))
+    read = applied.plan["read"]
+    moved = {r: weights_served(devhub, r) - looked[r] for r in (delta_repo, target)}
+    sides = {r: planned_side_bytes(applied.plan, w) for r, w in ((delta_repo, "delta"), (target, "target"))}
+    assert moved[target] + sides[target] == read["target"]
+    assert moved[delta_repo] + sides[delta_repo] == read["delta"]
+    assert read["network"] == read["target"] + read["delta"]
+    for repo in (delta_repo, target):
+        for path in {r.file for r in devhub.log.select(repo=repo, file="*.safetensors")}:
+            assert devhub.log.count(kind="resolve", repo=repo, file=path) == 1, path
+    assert devhub.log.bytes_served(family.tuned_repo) == 0
+    if case == "transfer":
+        assert devhub.log.count(repo=delta_repo, file="exact-*") == 0
+        assert devhub.log.bytes_served(family.base_repo) == 0
+
+
+def weights_served(hub: DevHub, repo: str) -> int:
+    return hub.log.bytes_served(repo, "*.safetensors")
+
+
+def headers(family: Family, repo: str) -> int:
+    """Bytes to read for the headers of a model: their lengths, then all of them."""
+    folder = family.base if repo == family.base_repo else family.target
+    lengths = [
+        int.from_bytes(path.read_bytes()[:8], "little") for path in folder.glob("*.safetensors")
+    ]
+    return sum(8 + 8 + length for length in lengths)
+
+
+def planned_side_bytes(plan: dict[str, Any], origin: str) -> int:
+    action = f"copy from {origin}"
+    return sum(file["bytes"] for file in plan["files"] if file["action"] == action)
