@@ -120,7 +120,8 @@ def add(target: Tensor, delta: Difference, scale: float, dtype: torch.dtype) -> 
         tail = _nonzero(delta.lo)
         if len(tail):
             terms = (target[tail], delta.hi[tail], delta.lo[tail])
-            result[tail] = _exact_sum(*(term.double() for term in terms)).to_dtype(dtype)
+            exact = _exact_sum(*map(_wide, terms)).to_dtype(dtype)
+            result[tail] = exact.to(result.device)
     if not _all_finite(result):
         _quieten(result)
         unchanged = bits(delta.hi) == bits(delta.hi.new_tensor(UNCHANGED))
@@ -172,18 +173,23 @@ def _add_rounded_once(target: Tensor, hi: Tensor, dtype: torch.dtype) -> Tensor:
         # Not for bfloat16: a float16 operand may itself lie halfway between two bfloat16 numbers,
         # and then what float32 cuts off decides.
         return (target.float() + hi.float()).to(dtype)
-    return _exact_sum(target.double(), hi.double()).to_dtype(dtype)
+    return _exact_sum(_wide(target), _wide(hi)).to_dtype(dtype).to(target.device)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """As float64, on the CPU where the device (Apple's) has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def _add_scaled(target: Tensor, delta: Difference, scale: float, dtype: torch.dtype) -> Tensor:
     # A float32 scale has 24 bits, hi at most 24: their product is exact in float64.
     factor = torch.tensor(scale, dtype=torch.float32).double().item()
-    terms = [target.double(), delta.hi.double() * factor]
+    terms = [_wide(target), _wide(delta.hi) * factor]
     nothing = delta.hi == 0
     if delta.lo is not None and bool((delta.lo != 0).any()):
-        terms.append(delta.lo.double() * factor)
+        terms.append(_wide(delta.lo) * factor)
         nothing &= delta.lo == 0
-    result = _exact_sum(*terms).to_dtype(dtype)
+    result = _exact_sum(*terms).to_dtype(dtype).to(target.device)
     if not _all_finite(result):
         _quieten(result)
     _keep(result, target, nothing if factor else torch.ones_like(nothing))

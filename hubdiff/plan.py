@@ -321,6 +321,8 @@ class _Transfer:
 
     def _kept(self, match: Match, added: dict[str, TensorRecord]) -> tuple[str, ...]:
         """The target's tensors that the tuned model has no counterpart of."""
+        if self.delta.manifest.partial:
+            return ()
         known = {*match.pairs.values(), *added}
         return tuple(name for name in self.target.tensors if name not in known)
 

@@ -84,7 +84,8 @@ def read_header(reader: ByteReader, where: str) -> Header:
         raise _bad(
             where, f"the header claims {length:,} bytes, the file ends after {reader.size:,}"
         )
-    return parse_header(_read(reader, 0, 8 + length), reader.size, where)
+    raw = length.to_bytes(8, "little") + _read(reader, 8, length)
+    return parse_header(raw, reader.size, where)
 
 
 def parse_header(raw: bytes, file_size: int, where: str) -> Header:

@@ -221,9 +221,8 @@ def test_reads_only_planned_bytes(
     assert applied.plan == planned.plan == json.loads(json.dumps(planned.plan))
     read = applied.plan["read"]
     moved = {r: weights_served(devhub, r) - looked[r] for r in (delta_repo, target)}
-    sides = {r: planned_side_bytes(applied.plan, w) for r, w in ((delta_repo, "delta"), (target, "target"))}
-    assert moved[target] + sides[target] == read["target"]
-    assert moved[delta_repo] + sides[delta_repo] == read["delta"]
+    assert moved[target] + planned_side_bytes(applied.plan, "target") == read["target"]
+    assert moved[delta_repo] + planned_side_bytes(applied.plan, "delta") == read["delta"]
     assert read["network"] == read["target"] + read["delta"]
     for repo in (delta_repo, target):
         for path in {r.file for r in devhub.log.select(repo=repo, file="*.safetensors")}:
@@ -248,5 +247,132 @@ def headers(family: Family, repo: str) -> int:
 
 
 def planned_side_bytes(plan: dict[str, Any], origin: str) -> int:
-    action = f"copy from {origin}"
-    return sum(file["bytes"] for file in plan["files"] if file["action"] == action)
+    """Bytes of the files, other than weights, that are taken whole from one place."""
+    return sum(
+        file["bytes"]
+        for file in plan["files"]
+        if file["action"] == f"copy from {origin}" and not file["path"].endswith(".safetensors")
+    )
+
+
+def test_a_shard_without_change_is_copied_by_the_server(
+    devhub: DevHub, family: Family, delta_repo: str, new_name: NewName
+) -> None:
+    before, result = listing(devhub, family.target_repo), new_name()
+    devhub.log.clear()
+    applied = apply(delta_repo, family.target_repo, push_to=result)
+    after = listing(devhub, result)
+    shards = sorted(path for path in before if path.endswith(".safetensors"))
+    same = [path for path in shards if after[path] == before[path]]
+    assert same == shards[:2]
+    longest_header = headers(family, family.target_repo)
+    for path in same:
+        assert devhub.log.bytes_served(family.target_repo, path) <= longest_header
+        assert path not in {file.path for file in applied.files}
+    assert devhub.log.count(kind="copy", repo=family.target_repo) == 1
+    assert devhub.log.count(kind="commit", repo=result) == 1
+
+
+def test_files_in_the_cache_cost_no_traffic(
+    devhub: DevHub, family: Family, delta_repo: str, tmp_path: Path
+) -> None:
+    apply(delta_repo, family.target_repo, output=tmp_path / "plain")
+    planned = apply(delta_repo, family.target_repo, output=tmp_path / "x", dry_run=True)
+    assert planned.plan["read"]["network"] > 0  # nothing was added to the cache unasked
+    apply(delta_repo, family.target_repo, output=tmp_path / "filling", cache=True)
+    devhub.log.clear()
+    cached = apply(delta_repo, family.target_repo, output=tmp_path / "cached")
+    assert cached.plan["read"]["network"] == 0
+    for repo in (delta_repo, family.target_repo):
+        assert devhub.log.bytes_served(repo) == 0
+    assert models.hashes(tmp_path / "cached").items() >= {
+        item for item in models.hashes(tmp_path / "plain").items() if item[0] != RECORD
+    }
+
+
+def test_a_dry_run_reads_no_weights_even_with_cache(
+    devhub: DevHub, family: Family, delta_repo: str, new_name: NewName, tmp_path: Path
+) -> None:
+    planned = push_delta(
+        family.tuned_repo, new_name(), base=family.base_repo, dry_run=True, cache=True
+    )
+    apply(delta_repo, family.target_repo, output=tmp_path / "x", dry_run=True, cache=True)
+    assert planned.dry_run
+    limit = 4096 + headers(family, family.target_repo)
+    for repo in (family.tuned_repo, family.base_repo, family.target_repo, delta_repo):
+        assert weights_served(devhub, repo) <= limit, repo
+    assert not devhub.log.select(method="POST", kind="commit")
+
+
+def test_push_delta_reads_each_model_once(
+    devhub: DevHub, family: Family, new_name: NewName
+) -> None:
+    pushed = push_delta(family.tuned_repo, new_name(), base=family.base_repo)
+    read = pushed.as_json()["read"]
+    overhead = 8 + headers(family, family.base_repo)
+    assert weights_served(devhub, family.tuned_repo) <= read["tuned"] + overhead
+    assert weights_served(devhub, family.base_repo) <= read["base"] + overhead
+    for repo in (family.tuned_repo, family.base_repo):
+        assert devhub.log.count(kind="resolve", repo=repo, file="*.safetensors") == 1
+
+
+# --- 4. memory ---
+
+PEAK = """
+import sys
+from pathlib import Path
+from hubdiff.jobs.apply import apply
+from hubdiff.jobs.push import push_delta
+
+job, base, tuned, target, out = sys.argv[1:]
+if job == "push-delta":
+    push_delta(tuned, out, base=base)
+else:
+    apply(out, target, output=out + "-result")
+# Not ru_maxrss: that of a child begins with what its parent had when it forked.
+(line,) = [s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith("VmHWM")]
+print(int(line.split()[1]) // 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    peaks: dict[str, list[int]] = {"push-delta": [], "apply": []}
+    for layers in (8, 40):
+        folder = tmp_path / str(layers)
+        for seed, name in enumerate(("base", "tuned", "target")):
+            large_model(folder / name, layers, seed)
+        for job, measured in peaks.items():
+            places = [str(folder / name) for name in ("base", "tuned", "target", "delta")]
+            printed = run_script(PEAK, job, *places)
+            measured.append(int(printed))
+        assert (folder / "delta-result" / "model.safetensors").stat().st_size > layers * 10_000_000
+    for job, (small, large) in peaks.items():
+        assert large < 700, (job, peaks)
+        assert large - small < 60, (job, peaks)
+
+
+def large_model(folder: Path, layers: int, seed: int) -> None:
+    """About ``layers`` × 10 MB of bf16 weights: one tensor over several blocks, many of one. Tuned
+    (seed 1) is base with small steps; drawing one layer and repeating it is quick."""
+    generator = torch.Generator().manual_seed(7)
+    layer = torch.randn(5_000_000, generator=generator) * 0.02
+    if seed:
+        layer += torch.randn(len(layer), generator=generator) * 1e-3 * seed
+    layer = layer.to(torch.bfloat16)
+    tensors = {"model.embed.weight": layer.repeat(layers // 4).reshape(-1, 1000)}
+    for number in range(layers - layers // 4):
+        tensors[f"model.layers.{number}.weight"] = (layer + number).reshape(1000, -1)
+    models.save(folder, tensors)
+
+
+def run_script(script: str, *arguments: str, **environment: str) -> str:
+    ran = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout

@@ -65,7 +65,7 @@ class Scale(click.ParamType):
         try:
             scale = float(value)
             finite = scale - scale == 0
-            struct.pack("f", scale)
+            struct.pack("<f", scale)  # the native "f" would make it infinite
         except (ValueError, OverflowError):
             finite = False
         if not finite:

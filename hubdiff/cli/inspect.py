@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hubdiff.picture import LayerRow
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
-_BAR = 10
+_BAR, _BAR_IN_A_PIPE = 10, 4
 
 
 @click.command(
@@ -165,7 +165,7 @@ def _draw_layers(page: Page, rows: Sequence[LayerRow]) -> None:
 def _bar_width(page: Page, columns: int) -> int:
     """What the terminal leaves for each bar, after the label and the numbers."""
     if page.width is None:
-        return _BAR
+        return _BAR_IN_A_PIPE
     return max(1, min(_BAR, (page.width - 9) // columns - 12))
 
 

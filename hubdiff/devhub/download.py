@@ -72,6 +72,7 @@ class FileSlice(Response):
                     piece = os.pread(file.fileno(), min(SEND_BYTES, self._end - position), position)
                     position += len(piece)
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    await asyncio.sleep(0)  # send returns at once when the connection is lost
             await send({"type": "http.response.body", "body": b""})
         finally:
             gone.cancel()

@@ -135,7 +135,7 @@ def _auth(error: BaseException, subject: Subject) -> HubdiffError:
 
 
 def _no_token(error: BaseException, subject: Subject) -> HubdiffError:
-    return AuthError("this needs a token of the Hub, and there is none here", next_step=LOGIN)
+    return AuthError(f"{subject} asks for a token, and there is none here", next_step=LOGIN)
 
 
 def _denied(error: BaseException, subject: Subject) -> HubdiffError | None:

@@ -240,11 +240,17 @@ def choose_device(name: str) -> torch.device:
             f"there is no device {name!r} here", next_step="Use --device auto, or --device cpu."
         )
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise RefError(
             f"{name!r} is not a device", next_step="Write cpu, cuda, cuda:N or mps."
         ) from error
+    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RefError(
+            f"there is no {name}, only {torch.cuda.device_count()} CUDA devices",
+            next_step="Use --device auto.",
+        )
+    return device
 
 
 def _run_name(plan: MergePlan, filters: Filters) -> str:

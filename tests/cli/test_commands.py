@@ -1,0 +1,202 @@
+"""What each command hands to the library, and what it says of the result."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hubdiff.jobs.inspect import inspect
+from hubdiff.summary import size_text
+from tests import models
+from tests.cli.running import Family, Said
+
+Run = Callable[..., Said]
+
+
+# --- push-delta ---
+
+
+def test_push_delta_says_sizes_and_what_to_do_next(
+    hubdiff: Run, family: Family, tmp_path: Path
+) -> None:
+    repo = str(tmp_path / "delta with spaces")
+    said = hubdiff("push-delta", family.tuned, repo, "--base", family.base)
+    assert said.code == 0, said.err
+    size = inspect(repo).summary.delta_bytes
+    assert f"{size_text(size)}, " in said.out
+    assert "packed" in said.out
+    assert "1 file of tuned not carried (6 bytes)" in said.err
+
+    next_command = said.out.splitlines()[-1].strip()
+    assert next_command.endswith("--output DIR")
+    output = str(tmp_path / "out")
+    arguments = shlex.split(next_command.replace("DIR", shlex.quote(output)))
+    assert hubdiff(*arguments[1:]).code == 0
+    assert models.hashes(Path(output))["model-00001-of-00002.safetensors"]
+
+
+def test_push_delta_in_json(hubdiff: Run, family: Family, tmp_path: Path) -> None:
+    repo = str(tmp_path / "delta")
+    said = hubdiff("push-delta", family.tuned, repo, "--base", family.base, "--json")
+    document = json.loads(said.out)
+    assert document["where"] == repo
+    assert document["delta_bytes"] == inspect(repo).summary.delta_bytes
+
+
+def test_push_delta_dry_run_writes_nothing(hubdiff: Run, family: Family, tmp_path: Path) -> None:
+    repo = tmp_path / "delta"
+    said = hubdiff("push-delta", family.tuned, str(repo), "--base", family.base, "--dry-run")
+    assert said.code == 0, said.err
+    assert "nothing was read or written" in said.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_push_delta_with_filters_and_plain(hubdiff: Run, family: Family, tmp_path: Path) -> None:
+    repo = str(tmp_path / "delta")
+    filters = ("--include", "*mlp*", "--include", "*attn*", "--exclude", "*.1.*", "--plain")
+    said = hubdiff("push-delta", family.tuned, repo, "--base", family.base, *filters)
+    assert said.code == 0, said.err
+    assert "note: made with --include or --exclude" in said.err
+    made = inspect(repo).manifest
+    assert made.filters == {"include": ("*mlp*", "*attn*"), "exclude": ("*.1.*",)}
+    assert {part.encoding for record in made.tensors for part in record.parts} == {"plain"}
+
+
+def test_push_delta_to_the_hub_says_where_it_is(
+    hubdiff: Run, family: Family, new_name: Callable[[], str]
+) -> None:
+    repo = new_name()
+    said = hubdiff("push-delta", family.tuned, repo, "--base", family.base)
+    assert said.code == 0, said.err
+    assert f"delta      {repo}\n" in said.out
+    assert f"/{repo}/commit/" in said.out
+    assert f"hubdiff apply {repo} --to" in said.out
+    again = hubdiff("push-delta", family.tuned, repo, "--base", family.base, "--pr", "--json")
+    assert "/discussions/" in json.loads(again.out)["pr_url"]
+    assert hubdiff("inspect", repo).out.startswith(f"delta       {repo}@")
+
+
+# --- apply ---
+
+
+def test_apply_dry_run_prints_the_plan(hubdiff: Run, family: Family, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ("apply", family.delta, "--to", family.other, "--output", str(output))
+    said = hubdiff(*arguments, "--scale", "0.5", "--dry-run")
+    assert said.code == 0, said.err
+    assert "transfer at scale 0.5" in said.out
+    assert "model-00001-of-00002.safetensors" in said.out
+    assert "merge" in said.out
+    plan = json.loads(hubdiff(*arguments, "--scale", "0.5", "--dry-run", "--json").out)["plan"]
+    for number in (*plan["read"].values(), plan["write"], plan["peak_memory"]):
+        assert size_text(number) in said.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_apply_says_which_case_it_runs(hubdiff: Run, family: Family, tmp_path: Path) -> None:
+    for target, case in ((family.base, "own base"), (family.other, "transfer")):
+        output = str(tmp_path / case)
+        said = hubdiff("apply", family.delta, "--to", target, "--output", output)
+        assert said.code == 0, said.err
+        assert f"case     {case}\n" in said.out
+        assert f"result   {output}\n" in said.out
+        assert "note: the target is " in said.err
+
+
+def test_apply_records_the_command_as_typed(hubdiff: Run, family: Family, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ("apply", family.delta, "--to", family.other, "--output", str(output))
+    assert hubdiff(*arguments, "--scale", "0.5").code == 0
+    record = json.loads((output / "hubdiff-result.json").read_text())
+    assert record["command"] == ["hubdiff", *arguments, "--scale", "0.5"]
+
+
+def test_apply_force_replaces(hubdiff: Run, family: Family, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine.txt").write_text("keep me")
+    arguments = ("apply", family.delta, "--to", family.base, "--output", str(output))
+    refused = hubdiff(*arguments)
+    assert refused.code == 1
+    assert "--force" in refused.err
+    assert (output / "mine.txt").exists()
+    assert hubdiff(*arguments, "--force").code == 0
+    assert not (output / "mine.txt").exists()
+
+
+# --- inspect ---
+
+
+def test_inspect_shows_each_layer(hubdiff: Run, family: Family) -> None:
+    said = hubdiff("inspect", family.delta)
+    assert said.code == 0, said.err
+    rows = [line.split() for line in said.out.splitlines()]
+    heading = rows.index(["layer", "attention", "mlp", "norm", "embedding"])
+    assert [row[0] for row in rows[heading + 1 : heading + 4]] == ["outside", "0", "1"]
+    assert "pytorch_model.bin, 6 bytes: " in said.out
+    assert "16 changed, 5 unchanged, 0 added, 0 removed" in said.out
+
+
+def test_inspect_in_json(hubdiff: Run, family: Family) -> None:
+    document = json.loads(hubdiff("inspect", family.delta, "--json").out)
+    sizes = document["bytes"]
+    files = Path(family.delta).glob("*.safetensors")
+    assert sizes["delta"] == sum(file.stat().st_size for file in files)
+    assert sizes["delta"] == sizes["portable"] + sizes["exact"]
+    assert document["portable"] is True
+    assert [row["layer"] for row in document["layers"] if row["kind"] == "mlp"] == [0, 1]
+    assert document["not_carried"][0]["path"] == "pytorch_model.bin"
+
+
+def test_bars() -> None:
+    from hubdiff.cli.inspect import bar
+
+    assert [bar(share, 4) for share in (0, 1e-9, 0.5, 1)] == ["", "▏", "██", "████"]
+
+
+# --- verify, unpack, demo ---
+
+
+def test_verify_with_both_sides(hubdiff: Run, family: Family) -> None:
+    said = hubdiff("verify", family.delta, "--base", family.base, "--tuned", family.tuned)
+    assert said.code == 0, said.err
+    assert "is whole" in said.out
+    assert "7 files of tuned rebuilt" in said.out
+
+
+def test_verify_fails_on_one_wrong_byte(hubdiff: Run, family: Family, tmp_path: Path) -> None:
+    for file in Path(family.delta).rglob("*"):
+        if file.is_file():
+            copy = tmp_path / file.relative_to(family.delta)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    layer = next(tmp_path.glob("*.safetensors"))
+    data = bytearray(layer.read_bytes())
+    data[-1] ^= 1
+    layer.write_bytes(data)
+    said = hubdiff("verify", str(tmp_path))
+    assert said.code == 1
+    assert layer.name in said.err
+    assert said.out == ""
+
+
+def test_unpack_writes_tensors_any_tool_reads(hubdiff: Run, family: Family, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    output = tmp_path / "dense"
+    said = hubdiff("unpack", family.delta, "--output", str(output))
+    assert said.code == 0, said.err
+    assert "16 tensors; 5 unchanged, left out" in said.out
+    with safe_open(output / "delta.safetensors", "pt") as file:
+        assert len(file.keys()) == 16
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_model_is_not_a_delta(hubdiff: Run, family: Family, command: str) -> None:
+    said = hubdiff(command, family.base)
+    assert said.code == 1
+    assert "not a delta" in said.err
