@@ -7,10 +7,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,21 @@ import pytest
 import rounding
 import torch
 from blake3 import blake3
-from huggingface_hub import CommitOperationAdd
 from on_hub import Family, NewName, PutRepo, contents, ids, listing
 from safetensors import safe_open
 
 from hubdiff.devhub import DevHub
-from hubdiff.errors import BadManifest, BadSafetensors, CorruptPayload, HubdiffError, IntegrityError
-from hubdiff.hub import retry
+from hubdiff.errors import (
+    BadManifest,
+    CheckpointError,
+    CorruptPayload,
+    IntegrityError,
+)
+from hubdiff.hub import HubTree, retry
 from hubdiff.jobs.apply import apply
 from hubdiff.jobs.push import push_delta
+from hubdiff.progress import Silent
+from hubdiff.refs import ModelRef
 
 RECORD = "hubdiff-result.json"
 
@@ -264,7 +271,7 @@ def test_a_shard_without_change_is_copied_by_the_server(
     after = listing(devhub, result)
     shards = sorted(path for path in before if path.endswith(".safetensors"))
     same = [path for path in shards if after[path] == before[path]]
-    assert same == shards[:2]
+    assert same == [shards[0], shards[2]]
     longest_header = headers(family, family.target_repo)
     for path in same:
         assert devhub.log.bytes_served(family.target_repo, path) <= longest_header
@@ -285,8 +292,10 @@ def test_files_in_the_cache_cost_no_traffic(
     assert cached.plan["read"]["network"] == 0
     for repo in (delta_repo, family.target_repo):
         assert devhub.log.bytes_served(repo) == 0
-    assert models.hashes(tmp_path / "cached").items() >= {
-        item for item in models.hashes(tmp_path / "plain").items() if item[0] != RECORD
+    one, other = (models.hashes(tmp_path / name) for name in ("plain", "cached"))
+    named = {RECORD, "README.md"}  # these two say what they are called
+    assert {k: v for k, v in one.items() if k not in named} == {
+        k: v for k, v in other.items() if k not in named
     }
 
 
@@ -338,7 +347,7 @@ print(int(line.split()[1]) // 1024)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     peaks: dict[str, list[int]] = {"push-delta": [], "apply": []}
-    for layers in (8, 40):
+    for layers in (8, 32):
         folder = tmp_path / str(layers)
         for seed, name in enumerate(("base", "tuned", "target")):
             large_model(folder / name, layers, seed)
@@ -376,3 +385,395 @@ def run_script(script: str, *arguments: str, **environment: str) -> str:
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
+
+
+# --- 5. killed, and run again ---
+
+# Every run is a process of its own, forked where everything is imported already: importing torch
+# would take longer than the work, and most kills would hit that. The parent has started no thread.
+RUNNER = """
+import os, signal, sys, time
+import hubdiff.merge
+from hubdiff.hub import HubTree, retry
+from hubdiff.jobs.apply import apply
+
+retry.BACKOFF_SECONDS = 0.001
+for line in sys.stdin:
+    delta, target, output, seconds = line.rstrip("\\n").split("\\t")
+    began = time.monotonic()
+    child = os.fork()
+    if not child:
+        try:
+            apply(delta, target, output=output)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    if seconds:
+        time.sleep(float(seconds))
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), time.monotonic() - began, flush=True)
+"""
+
+
+class Runner:
+    """Runs ``apply`` in processes that can be killed."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", RUNNER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def run(self, delta: str, target: str, output: Path, kill_after: float | None = None) -> Ran:
+        pipes = self._process
+        assert pipes.stdin is not None
+        assert pipes.stdout is not None
+        pipes.stdin.write(f"{delta}\t{target}\t{output}\t{kill_after or ''}\n")
+        pipes.stdin.flush()
+        status, seconds = pipes.stdout.readline().split()
+        return Ran(int(status), float(seconds))
+
+    def stop(self) -> None:
+        self._process.communicate(timeout=60)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """``status`` is 0, or -9 when it was killed."""
+
+    status: int
+    seconds: float
+
+
+@pytest.fixture
+def runner(devhub: DevHub) -> Iterator[Runner]:
+    running = Runner()
+    yield running
+    running.stop()
+
+
+@dataclass(frozen=True)
+class Work:
+    """A delta and a target for ``apply``, and what has to come out."""
+
+    delta: str
+    target: str
+    expected: dict[str, str]
+
+    def is_whole(self, output: Path) -> bool:
+        return {k: v for k, v in models.hashes(output).items() if k not in ONE_OFF} == self.expected
+
+
+ONE_OFF = (RECORD, "README.md")  # they name the output folder
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Work:
+    """A transfer of 12 MB in eight shards."""
+    before = {f"model.layers.{n}.weight": drawn(n) for n in range(16)}
+    after = {name: (t.float() * 1.01).to(t.dtype) for name, t in before.items()}
+    models.save(tmp_path / "base", before)
+    models.save(tmp_path / "tuned", after, files={"chat_template.jinja": "{{ x }}"})
+    other = {name: -tensor for name, tensor in before.items()}
+    target = on_hub.sharded(tmp_path / "target", on_hub.split(other, 8))
+    push_delta(tmp_path / "tuned", tmp_path / "delta", base=tmp_path / "base")
+    apply(tmp_path / "delta", target, output=tmp_path / "right")
+    expected = {k: v for k, v in models.hashes(tmp_path / "right").items() if k not in ONE_OFF}
+    return Work(str(tmp_path / "delta"), str(target), expected)
+
+
+def drawn(seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(512, 768, generator=generator) * 0.02).to(torch.bfloat16)
+
+
+@pytest.fixture
+def remote_work(work: Work, put_repo: PutRepo) -> Work:
+    """The same work, from the Hub."""
+    delta, target = (put_repo(contents(Path(place))) for place in (work.delta, work.target))
+    return Work(delta, target, work.expected)
+
+
+KILLS = 20
+KILLS_REMOTE = 5
+
+
+def test_interrupted_run_leaves_nothing_that_loads(
+    runner: Runner, work: Work, remote_work: Work, tmp_path: Path
+) -> None:
+    output, partial = tmp_path / "out", tmp_path / ".out.hubdiff-partial"
+    killed = 0
+    for job, kill_after in moments(runner, work, remote_work, tmp_path / "timed"):
+        ran = runner.run(job.delta, job.target, output, kill_after)
+        killed += ran.status == -9
+        # The folder has its name when it is whole, and only then.
+        assert ran.status in (0, -9)
+        assert not output.exists() or job.is_whole(output)
+        assert ran.status == -9 or output.exists()
+        # What is left over is no model: its config, its tokenizer come after all of its weights.
+        if (partial / "config.json").exists():
+            weights = [name for name in work.expected if name.endswith(".safetensors")]
+            found = models.hashes(partial)
+            assert {name: found[name] for name in weights} == {n: work.expected[n] for n in weights}
+        again = runner.run(job.delta, job.target, output) if not output.exists() else ran
+        assert again.status == 0
+        assert job.is_whole(output)
+        assert not partial.exists()
+        shutil.rmtree(output)
+    assert killed >= KILLS // 2
+
+
+def moments(
+    runner: Runner, work: Work, remote_work: Work, scratch: Path
+) -> Iterator[tuple[Work, float]]:
+    """Jobs and when to kill them: at random, spread over the time each kind of run takes."""
+    chance = random.Random(20)
+    for job, count in ((work, KILLS - KILLS_REMOTE), (remote_work, KILLS_REMOTE)):
+        seconds = runner.run(job.delta, job.target, scratch).seconds
+        shutil.rmtree(scratch)
+        for number in range(count):
+            yield job, seconds * (number + chance.random()) / count
+
+
+def test_interrupted_run_resumes(runner: Runner, work: Work, tmp_path: Path) -> None:
+    output, partial = tmp_path / "out", tmp_path / ".out.hubdiff-partial"
+    seconds = runner.run(work.delta, work.target, output).seconds
+    resumed = 0
+    for number in range(20):
+        shutil.rmtree(output)
+        runner.run(work.delta, work.target, output, seconds * (0.3 + 0.03 * (number % 20)))
+        finished = finished_files(partial)
+        if output.exists():
+            continue
+        assert runner.run(work.delta, work.target, output).status == 0
+        assert work.is_whole(output)
+        for path, identity in finished.items():
+            assert file_identity(output / path) == identity, f"{path} was written again"
+        resumed += bool(finished)
+        if resumed == 3:
+            break
+    assert resumed
+
+
+def test_a_damaged_leftover_is_made_again(runner: Runner, work: Work, tmp_path: Path) -> None:
+    output, partial = tmp_path / "out", tmp_path / ".out.hubdiff-partial"
+    seconds = runner.run(work.delta, work.target, output).seconds
+    for number in range(20):
+        shutil.rmtree(output, ignore_errors=True)
+        runner.run(work.delta, work.target, output, seconds * (0.4 + 0.02 * number))
+        finished = list(finished_files(partial))
+        if finished:
+            break
+    with (partial / finished[0]).open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"wrong")
+    assert runner.run(work.delta, work.target, output).status == 0
+    assert work.is_whole(output)
+
+
+def finished_files(partial: Path) -> dict[str, tuple[int, int]]:
+    """The files that a killed run left finished, and which files on disk they are."""
+    journal = partial / ".hubdiff-journal.jsonl"
+    lines = journal.read_text().splitlines()[1:] if journal.exists() else []
+    found = {}
+    for line in lines:
+        try:
+            path = json.loads(line)["path"]
+        except json.JSONDecodeError:
+            continue  # cut short by the kill
+        found[path] = file_identity(partial / path)
+    return found
+
+
+def file_identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+# --- 6. nothing trusted ---
+
+REFUSALS = (IntegrityError, CorruptPayload, BadManifest, CheckpointError)
+
+# Which side's file is damaged on its way, and at which byte of an answer's body. Answers that are
+# shorter pass: 5,000 leaves the headers alone and hits the weights.
+DAMAGED_FOR_APPLY = [
+    ("target", "model-00001-of-00003.safetensors", 5000),
+    ("target", "model-00002-of-00003.safetensors", 5000),
+    ("target", "model-00002-of-00003.safetensors", 4),
+    ("target", "model-00002-of-00003.safetensors", 90),
+    ("target", "model.safetensors.index.json", 30),
+    ("target", "tokenizer.json", 3),
+    ("target", "config.json", 40),
+    ("base", "model.safetensors", 5000),
+    ("base", "model.safetensors", 90),
+    ("base", "tokenizer.json", 3),
+    ("delta", "delta-00001-of-00001.safetensors", 1500),
+    ("delta", "delta-00001-of-00001.safetensors", 20),
+    ("delta", "hubdiff.json", 2000),
+    ("delta", "tuned/chat_template.jinja", 3),
+    ("delta", "tuned/config.json", 40),
+]
+
+
+@pytest.mark.parametrize("to_hub", [False, True], ids=["output", "push-to"])
+def test_nothing_is_trusted_unchecked(
+    devhub: DevHub,
+    family: Family,
+    delta_repo: str,
+    new_name: NewName,
+    tmp_path: Path,
+    to_hub: bool,
+) -> None:
+    repos = {"delta": delta_repo, "target": family.target_repo, "base": family.base_repo}
+    right = {}
+    for side in ("target", "base"):
+        apply(delta_repo, repos[side], output=tmp_path / f"right-{side}")
+        right[side] = tmp_path / f"right-{side}"
+    for number, (side, path, byte) in enumerate(DAMAGED_FOR_APPLY):
+        to = "base" if side == "base" else "target"
+        devhub.faults.clear()
+        fault = devhub.faults.add(
+            "corrupt", f"*{repos[side]}/*/{path}*", after_bytes=byte, method="GET"
+        )
+        output, result = tmp_path / f"out-{number}", new_name()
+        try:
+            if to_hub:
+                apply(delta_repo, repos[to], push_to=result)
+            else:
+                apply(delta_repo, repos[to], output=output)
+        except REFUSALS:
+            assert not output.exists()
+            assert not to_hub or not listing_or_nothing(devhub, result)
+        else:
+            found = listing(devhub, result) if to_hub else ids(output, {})
+            expected = ids(right[to], found if to_hub else {})
+            assert without(found, *ONE_OFF) == without(expected, *ONE_OFF), (side, path, byte)
+        # A shard that the server copies is read as far as its header.
+        copied = to_hub and path == "model-00001-of-00003.safetensors"
+        assert fault.fired or copied, (side, path, byte)
+
+
+def listing_or_nothing(hub: DevHub, repo: str) -> dict[str, str]:
+    return listing(hub, repo) if on_hub.exists(hub, repo) else {}
+
+
+def without(mapping: dict[str, str], *keys: str) -> dict[str, str]:
+    return {key: value for key, value in mapping.items() if key not in keys}
+
+
+DAMAGED_FOR_PUSH = [
+    ("tuned", "model.safetensors", 5000),
+    ("tuned", "model.safetensors", 90),
+    ("tuned", "chat_template.jinja", 3),
+    ("tuned", "config.json", 40),
+    ("base", "model.safetensors", 5000),
+    ("base", "model.safetensors", 90),
+    ("base", "config.json", 40),
+    ("base", "tokenizer.json", 3),
+]
+
+
+def test_no_delta_is_made_of_damaged_bytes(
+    devhub: DevHub, family: Family, delta_repo: str, new_name: NewName
+) -> None:
+    repos = {"tuned": family.tuned_repo, "base": family.base_repo}
+    right = without(listing(devhub, delta_repo), "README.md")
+    for side, path, byte in DAMAGED_FOR_PUSH:
+        devhub.faults.clear()
+        match = f"*{repos[side]}/*/{path}*"
+        fault = devhub.faults.add("corrupt", match, after_bytes=byte, method="GET")
+        result = new_name()
+        try:
+            push_delta(repos["tuned"], result, base=repos["base"])
+        except REFUSALS:
+            assert not listing_or_nothing(devhub, result)
+        else:
+            # The card names the repo; all the rest is the same for the same models.
+            assert without(listing(devhub, result), "README.md") == right, (side, path, byte)
+        assert fault.fired, (side, path, byte)
+
+
+def test_a_delta_that_was_changed_on_disk_is_refused(family: Family, tmp_path: Path) -> None:
+    delta = tmp_path / "delta"
+    push_delta(family.tuned, delta, base=family.base)
+    for path in ("delta-00001-of-00001.safetensors", "tuned/chat_template.jinja"):
+        data = (delta / path).read_bytes()
+        for position in {len(data) - 1, len(data) * 2 // 3, len(data) // 3}:
+            (delta / path).write_bytes(
+                data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
+            )
+            for to in (family.base, family.target):
+                with pytest.raises(REFUSALS):
+                    apply(delta, to, output=tmp_path / "result")
+                assert not (tmp_path / "result").exists()
+        (delta / path).write_bytes(data)
+    apply(delta, family.base, output=tmp_path / "result")
+
+
+# --- 7. pinned and fingerprinted ---
+
+
+def test_every_ref_is_pinned_and_every_tensor_fingerprinted(
+    devhub: DevHub, family: Family, new_name: NewName, tmp_path: Path
+) -> None:
+    pinned = {
+        name: on_hub.head(devhub, getattr(family, f"{name}_repo"))
+        for name in ("base", "tuned", "target")
+    }
+    delta = new_name()
+    push_delta(family.tuned_repo, delta, base=family.base_repo)
+    manifest = json.loads(HubTree(ModelRef.parse(delta)).read_bytes("hubdiff.json"))
+    for side in ("base", "tuned"):
+        assert manifest[side]["repo"] == getattr(family, f"{side}_repo")
+        assert manifest[side]["commit"] == pinned[side]
+
+    before, after = load(family.base), load(family.tuned)
+    assert {tensor["name"] for tensor in manifest["tensors"]} == set(after)
+    for tensor in manifest["tensors"]:
+        assert tensor["base"] == fingerprint(before[tensor["name"]])
+        assert tensor["tuned"] == fingerprint(after[tensor["name"]])
+    on_the_hub = listing(devhub, delta)
+    layers = [file for files in manifest["layers"].values() for file in files]
+    assert layers
+    assert all(on_the_hub[file["path"]] == file["sha256"] for file in layers)
+    by_file = {file["path"]: file["sha256"] for file in manifest["tuned"]["files"]}
+    assert by_file == models.hashes(family.tuned)
+
+    apply(delta, family.target_repo, output=tmp_path / "result")
+    record = json.loads((tmp_path / "result" / RECORD).read_text())
+    assert record["delta"]["commit"] == on_hub.head(devhub, delta)
+    assert record["target"]["commit"] == pinned["target"]
+    assert record["base"]["commit"] == pinned["base"]
+    assert record["tuned"]["commit"] == pinned["tuned"]
+
+
+def fingerprint(tensor: torch.Tensor) -> str:
+    return blake3(tensor.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+class Meddler(Silent):
+    """Someone who commits to a repo while the job is at work."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self._act = act
+
+    def start(self, *args: object, **named: object) -> None:
+        self._act()
+
+
+def test_a_model_that_moves_on_meanwhile_stays_pinned(
+    devhub: DevHub, family: Family, delta_repo: str, new_name: NewName, put_repo: PutRepo
+) -> None:
+    changed = {"model.safetensors": (family.base / "model.safetensors").read_bytes()}
+    changed["chat_template.jinja"] = b"another"
+    delta, first = new_name(), on_hub.head(devhub, family.tuned_repo)
+    meddler = Meddler(lambda: put_repo(changed, family.tuned_repo))
+    push_delta(family.tuned_repo, delta, base=family.base_repo, progress=meddler)
+    assert on_hub.head(devhub, family.tuned_repo) != first
+    right = without(listing(devhub, delta_repo), "README.md")
+    assert without(listing(devhub, delta), "README.md") == right

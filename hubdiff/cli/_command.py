@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import click
 
 HELP = {"help_option_names": ["-h", "--help"]}
+# The Hub makes no empty commits, and so no pull request of one.
+NO_PR = "holds exactly this already: no pull request was opened"
 F = TypeVar("F", bound=Callable[..., Any])
 
 

@@ -62,19 +62,26 @@ def _system(error: OSError, session: Session) -> Said:
 
 def _bug(error: Exception, session: Session) -> Said:
     details = "".join(traceback.format_exception(error))
-    if os.environ.get("HUBDIFF_DEBUG") == "1":
+    kept = None if os.environ.get("HUBDIFF_DEBUG") == "1" else _keep(details)
+    if kept is None:
         click.echo(details, err=True)
-        where = "above"
-    else:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="hubdiff-traceback-", suffix=".txt", delete=False
-        ) as file:
-            file.write(details)
-        where = f"in {file.name} (HUBDIFF_DEBUG=1 prints it)"
+    where = f"in {kept} (HUBDIFF_DEBUG=1 prints it)" if kept else "above"
     return Said(
         f"hubdiff failed in a way it should not: {type(error).__name__}: {error}",
         f"Please report it; the traceback is {where}.",
     )
+
+
+def _keep(details: str) -> str | None:
+    """The file that ``details`` are in now; None when no file can be written."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="hubdiff-traceback-", suffix=".txt", delete=False
+        ) as file:
+            file.write(details)
+    except OSError:
+        return None
+    return file.name
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,8 @@ def command(session: Session, delta: str, **options: Any) -> None:
     )
     with session.working(if_stopped=stopped) as progress:
         applied = apply(delta, **options, command=session.command, progress=progress)
+        if options["pr"] and not applied.dry_run and applied.pr_url is None:
+            progress.note(f"{applied.where} {shared.NO_PR}")
     session.show(applied.as_json(), lambda page: _draw(page, applied))
 
 
@@ -115,7 +117,7 @@ def _case(plan: dict[str, Any]) -> str:
 
 def _draw_plan(page: Page, applied: Applied) -> None:
     plan = applied.plan
-    page.line("The plan; nothing was read or written.")
+    page.line("The plan: no weights were read, nothing was written.")
     page.line()
     page.fields(
         [

@@ -143,10 +143,10 @@ def _draw_layers(page: Page, rows: Sequence[LayerRow]) -> None:
         return
     here = {row.kind for row in rows}
     kinds = [kind for kind in KINDS if kind in here]
-    # What lies outside the layers, such as a new head, may dwarf them: it sets the scale only
-    # where there is nothing else.
-    layers = [row for row in rows if row.layer is not None] or rows
-    largest = max(row.relative_norm or 0.0 for row in layers)
+    # What lies outside the layers, such as a new head, may dwarf them: no bars there, unless there
+    # is nothing else.
+    barred = [row for row in rows if row.layer is not None] or list(rows)
+    largest = max(row.relative_norm or 0.0 for row in barred)
     width = _bar_width(page, len(kinds))
     lines: dict[str, dict[str, LayerRow]] = {}
     several = len({row.stack for row in rows if row.layer is not None}) > 1
@@ -156,7 +156,7 @@ def _draw_layers(page: Page, rows: Sequence[LayerRow]) -> None:
     page.table(
         ["layer", *(cell for kind in kinds for cell in (kind, ""))],
         [
-            [label, *(c for kind in kinds for c in _cells(cells.get(kind), largest, width))]
+            [label, *(c for kind in kinds for c in _cells(cells.get(kind), barred, largest, width))]
             for label, cells in lines.items()
         ],
     )
@@ -175,13 +175,16 @@ def _label(row: LayerRow, several: bool) -> str:
     return f"{row.stack} {row.layer}".strip() if several else str(row.layer)
 
 
-def _cells(row: LayerRow | None, largest: float, width: int) -> tuple[str, str]:
+def _cells(
+    row: LayerRow | None, barred: Sequence[LayerRow], largest: float, width: int
+) -> tuple[str, str]:
+    """A number and its bar."""
     if row is None:
         return "", ""
     if row.relative_norm is None:
         return "–", ""
     share = row.relative_norm / largest if largest else 0.0
-    return percent(row.relative_norm), bar(share, width) if share <= 1 else ""
+    return percent(row.relative_norm), bar(share, width) if row in barred else ""
 
 
 def bar(share: float, width: int) -> str:

@@ -63,6 +63,8 @@ def command(session: Session, tuned: str, repo: str, **options: Any) -> None:
         pushed = push_delta(tuned, repo, **options, progress=progress)
         for note in _notes(pushed.manifest) if pushed.manifest else ():
             progress.note(note)
+        if options["pr"] and not pushed.dry_run and pushed.pr_url is None:
+            progress.note(f"{pushed.where} {shared.NO_PR}")
     session.show(pushed.as_json(), lambda page: _draw(page, pushed))
 
 
@@ -86,7 +88,9 @@ def _notes(manifest: Manifest) -> list[str]:
 def _draw(page: Page, pushed: Pushed) -> None:
     if pushed.dry_run:
         reads = size_text(pushed.tuned_bytes + pushed.base_bytes)
-        page.line(f"Would make a delta at {pushed.where}; nothing was read or written.")
+        page.line(
+            f"Would make a delta at {pushed.where}; no weights were read, nothing was written."
+        )
         page.fields(
             [
                 ("tuned", f"{pushed.tuned} ({size_text(pushed.tuned_bytes)})"),

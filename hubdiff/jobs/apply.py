@@ -96,7 +96,8 @@ def apply(
     began = time.monotonic()
     destination = _destination(output, push_to)
     filters = Filters(tuple(include), tuple(exclude))
-    with _opened(delta, to, cache) as (opened, target):
+    # A dry run reads no weights: it must not fill the cache with them either.
+    with _opened(delta, to, cache and not dry_run) as (opened, target):
         plan = make_plan(opened, target, scale=scale, filters=filters)
         if dry_run:
             return Applied(plan.as_json(), True, str(destination))

