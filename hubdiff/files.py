@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Protocol
 
@@ -28,11 +28,13 @@ _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__"}
 @dataclass(frozen=True)
 class FileInfo:
     """One file of a tree: its path inside the tree, its size in bytes, and its sha256 (hex) when
-    the place it lives in lists one (the Hub does for large files, a folder does not)."""
+    the place it lives in lists one (the Hub does for large files, a folder does not). ``git_id`` is
+    what the Hub lists for the others: the id of git's blob, a sha1."""
 
     path: str
     size: int
     sha256: str | None = None
+    git_id: str | None = field(default=None, compare=False)
 
 
 class ByteReader(Protocol):
@@ -152,6 +154,26 @@ class LocalReader:
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+class BytesReader:
+    """A file that is in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = memoryview(data)
+        self.size = len(data)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        view = buffer.cast("B")
+        if offset + len(view) > self.size:
+            raise CheckpointError(
+                f"bytes {offset} to {offset + len(view)} of a file that has {self.size}",
+                next_step="The file is cut short: fetch it again.",
+            )
+        view[:] = self._data[offset : offset + len(view)]
+
+    def close(self) -> None:
+        pass
 
 
 def read_whole(reader: ByteReader, path: str) -> bytes:

@@ -73,7 +73,10 @@ def _whole(plan: MergePlan, file: WholeFile, sink: Sink) -> FileRecord | None:
         return finished if same else sink.put(file.path, file.data)
     assert file.source is not None
     tree = plan.target.tree if file.origin == "target" else plan.delta.tree
-    if sink.copies_from(tree.pin):
+    listed = tree.files()[file.source].sha256
+    # Small files are not copied by the Hub itself: they come this way and are checked.
+    if listed and sink.copies_from(tree.pin):
+        check_hash(listed, file.sha256, f"{tree.pin}/{file.source}")
         sink.copy(file.path, tree.pin, file.source)
         return None
     finished = sink.done(file.path)
@@ -171,12 +174,12 @@ class _Maker:
     def _result(
         self, span: Span, step: Step, source: memoryview | None, payloads: list[SpanBytes]
     ) -> memoryview:
-        if not payloads and source is not None:
-            return source
-        out = np.empty(span.units, unit_dtype(span.entry.dtype))
         given = None
         if source is not None and step.source is not None:
+            if not payloads and step.source.entry.dtype == step.entry.dtype:
+                return source
             given = np.frombuffer(source, unit_dtype(step.source.entry.dtype))
+        out = np.empty(span.units, unit_dtype(span.entry.dtype))
         parts = [payload.where.part.part for payload in payloads]
         for units, layers in decode_segments(span, payloads, str(self._delta.tree.pin)):
             target = None if given is None else given[units]

@@ -220,11 +220,12 @@ def _exact_sum(*terms: Tensor) -> _Sum:
 
 
 def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Knuth's TwoSum: a + b == sum + error exactly; no error is claimed where sum is not finite."""
+    """Knuth's TwoSum: a + b == sum + error exactly; no error is claimed where sum is not finite.
+    No error is −0.0, which leaves a sum of −0.0 its sign."""
     total = a + b
     b_part = total - a
     error = (a - (total - b_part)) + (b - b_part)
-    return total, torch.where(torch.isfinite(total), error, 0.0)
+    return total, torch.where(torch.isfinite(total) & (error != 0), error, -0.0)
 
 
 def _add_to_odd(a: Tensor, b: Tensor) -> Tensor:

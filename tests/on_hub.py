@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import models
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
@@ -15,7 +16,6 @@ from safetensors.torch import save_file
 
 from hubdiff.devhub import DevHub
 from hubdiff.devhub.log import DOWNLOADS, LogRecord
-import models
 
 PutRepo = Callable[..., str]
 NewName = Callable[[], str]
@@ -123,6 +123,7 @@ def family(put_repo: PutRepo, folder: Path, *, only: str = "") -> Family:
             "chat_template.jinja": "{{ messages }}",
             "tokenizer_config.json": '{"model_max_length": 128}',
         },
+        tuned_on="sums",
     )
     other = models.moved(before, step=1e-3, seed=9, frozen="nothing")
     target = sharded(folder / "target", split(other, 3))

@@ -1,6 +1,6 @@
-"""The promises hubdiff makes, each the name of a test. Everything goes through the public jobs, most
-of it over HTTP with the Hub's own client, and is judged by what the Hub lists or by arithmetic done
-another way."""
+"""The promises hubdiff makes, each the name of a test. Everything goes through the public jobs,
+most of it over HTTP with the Hub's own client, and is judged by what the Hub lists or by arithmetic
+done another way."""
 
 from __future__ import annotations
 

@@ -91,6 +91,10 @@ class Page:
     def line(self, text: str = "") -> None:
         self._stream.write(printable(text) + "\n")
 
+    def prose(self, text: str) -> None:
+        for line in wrapped(printable(text), self.width, 0):
+            self._stream.write(line + "\n")
+
     def heading(self, text: str) -> None:
         self._stream.write("\n" + styled(printable(text), self._stream, bold=True) + "\n")
 

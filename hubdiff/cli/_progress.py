@@ -59,6 +59,13 @@ class Notes:
         self._stream.flush()
 
 
+class Story(Notes):
+    """Notes as they are: what happens is told by them alone."""
+
+    def note(self, text: str) -> None:
+        self._print(text)
+
+
 class Lines(Notes):
     """A line when a phase starts and when it ends, and some between when it takes long."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from contextlib import AbstractContextManager, closing
@@ -11,8 +12,8 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.hf_api import RepoFile
 
-from hubdiff.errors import HubError, RemoteFileNotFound
-from hubdiff.files import ByteReader, FileInfo, LocalReader, read_whole, safe_path
+from hubdiff.errors import HubError, IntegrityError, RemoteFileNotFound
+from hubdiff.files import ByteReader, BytesReader, FileInfo, LocalReader, read_whole, safe_path
 from hubdiff.hub.client import api, endpoint, model_info, quiet, subject
 from hubdiff.hub.ranges import RemoteFile, RemoteReader
 from hubdiff.hub.translate import translated
@@ -41,7 +42,10 @@ def list_files(at: PinnedRef) -> dict[str, FileInfo]:
         entries = list(api().list_repo_tree(at.repo, recursive=True, revision=at.commit))
     return {
         safe_path(entry.path): FileInfo(
-            entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None
+            entry.path,
+            entry.size,
+            entry.lfs.sha256 if entry.lfs else None,
+            None if entry.lfs else entry.blob_id,
         )
         for entry in entries
         if isinstance(entry, RepoFile)
@@ -55,10 +59,30 @@ def no_file(at: PinnedRef, path: str) -> RemoteFileNotFound:
     )
 
 
+def has_content(info: FileInfo, data: bytes) -> bool:
+    """Whether these are the bytes that the Hub lists."""
+    if info.sha256 is not None:
+        return hashlib.sha256(data).hexdigest() == info.sha256
+    blob = hashlib.sha1(b"blob %d\0" % len(data), usedforsecurity=False)
+    blob.update(data)
+    return blob.hexdigest() == info.git_id
+
+
+def damaged(at: PinnedRef, path: str) -> IntegrityError:
+    return IntegrityError(
+        f"{at}/{path}: the bytes that came are not those that the Hub lists",
+        next_step="Run it again; if it happens again, remove the file from the local Hub cache "
+        "(`hf cache`), or tell the repo's owner.",
+    )
+
+
 class HubTree:
     """The files of one commit. A file that the local Hub cache holds is read from there; of any
     other file only the ranges asked for are fetched, unless ``cache`` says to download it whole
-    into that cache first."""
+    into that cache first.
+
+    A small file has no sha256 in the listing: it is read whole and checked against git's id. Ranges
+    of a large one can't be checked one by one; that is up to who reads them all."""
 
     def __init__(self, ref: ModelRef, *, cache: bool = False) -> None:
         self.pin = pin(ref)
@@ -74,17 +98,25 @@ class HubTree:
 
     def open(self, path: str) -> AbstractContextManager[ByteReader]:
         info = self._info(path)
-        local = self._cached(info)
-        if local is None and self._download_whole:
-            local = self._download(path)
-        if local is not None:
-            return closing(LocalReader(local))
-        file = self._remote.setdefault(path, RemoteFile(self.pin, info, endpoint()))
-        return closing(RemoteReader(file))
+        small = info.sha256 is None
+        return closing(BytesReader(self.read_bytes(path)) if small else self._reader(info))
 
     def read_bytes(self, path: str) -> bytes:
-        with self.open(path) as reader:
-            return read_whole(reader, path)
+        info = self._info(path)
+        with closing(self._reader(info)) as reader:
+            data = read_whole(reader, path)
+        if not has_content(info, data):
+            raise damaged(self.pin, path)
+        return data
+
+    def _reader(self, info: FileInfo) -> ByteReader:
+        local = self._cached(info)
+        if local is None and self._download_whole:
+            local = self._download(info.path)
+        if local is not None:
+            return LocalReader(local)
+        file = self._remote.setdefault(info.path, RemoteFile(self.pin, info, endpoint()))
+        return RemoteReader(file)
 
     def is_remote(self, path: str) -> bool:
         return self._cached(self._info(path)) is None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from hubdiff.errors import HubConflict, RepoNotFound
@@ -20,7 +21,7 @@ from hubdiff.files import FileInfo, safe_path
 from hubdiff.hub.client import api, model_info, quiet, subject
 from hubdiff.hub.retry import retrying
 from hubdiff.hub.translate import translated
-from hubdiff.hub.tree import list_files, no_file
+from hubdiff.hub.tree import damaged, list_files, no_file
 from hubdiff.refs import ModelRef, PinnedRef
 
 # The Hub keeps no file over 10 MB inside the commit itself, so any file it may ask for again at
@@ -99,7 +100,7 @@ class HubUpload:
                 )
             )
         else:
-            self._carry(path, source, source_path)
+            self._carry(path, source, entry)
 
     def delete(self, path: str) -> None:
         self._operations.append(CommitOperationDelete(safe_path(path), is_folder=False))
@@ -110,16 +111,38 @@ class HubUpload:
         this upload began."""
         self._store_small()
         with translated(self._subject), quiet():
-            done = api().create_commit(
-                self.repo,
-                self._operations,
-                commit_message=message,
-                commit_description=description,
-                revision=self._revision,
-                parent_commit=self._parent.commit,
-                create_pr=self._create_pr,
-            )
+            if self._create_pr:
+                # Nothing locks a pull request: sent twice, it might be opened twice.
+                return self._send(message, description)
+            try:
+                return retrying(lambda: self._send(message, description))
+            except HfHubHTTPError as error:
+                mine = self._landed(message) if error.response.status_code == 412 else None
+                if mine is None:
+                    raise
+                return mine
+
+    def _send(self, message: str, description: str) -> Commit:
+        done = api().create_commit(
+            self.repo,
+            self._operations,
+            commit_message=message,
+            commit_description=description,
+            revision=self._revision,
+            parent_commit=self._parent.commit,
+            create_pr=self._create_pr,
+        )
         return Commit(url=str(done.commit_url), oid=done.oid, pr_url=done.pr_url)
+
+    def _landed(self, message: str) -> Commit | None:
+        """Our own commit, when it is what made the parent stale: it was made and the answer got
+        lost."""
+        commits = api().list_repo_commits(self.repo, revision=self._revision)
+        ids = [commit.commit_id for commit in commits[:2]]
+        if ids[1:] != [self._parent.commit] or commits[0].title != message:
+            return None
+        url = f"{subject(self.repo).url}/commit/{ids[0]}"
+        return Commit(url=url, oid=ids[0], pr_url=None)
 
     def _open_repo(self, private: bool) -> PinnedRef:
         """The commit to build on, in a repo that exists from here on."""
@@ -140,13 +163,16 @@ class HubUpload:
         ref = ModelRef(repo=self.repo, revision=self._revision, path=None)
         return PinnedRef(repo=self.repo, commit=info.sha, path=None, ref=ref)
 
-    def _carry(self, path: str, source: PinnedRef, source_path: str) -> None:
+    def _carry(self, path: str, source: PinnedRef, entry: RepoFile) -> None:
         assert source.repo is not None
         with tempfile.TemporaryDirectory(prefix="hubdiff-") as folder:
-            with translated(subject(source.repo, source.commit, source_path)), quiet():
+            with translated(subject(source.repo, source.commit, entry.path)), quiet():
                 local = api().hf_hub_download(
-                    source.repo, source_path, revision=source.commit, local_dir=folder
+                    source.repo, entry.path, revision=source.commit, local_dir=folder
                 )
+            content = CommitOperationAdd(path, local).upload_info.sha256.hex()
+            if entry.lfs is not None and content != entry.lfs.sha256:
+                raise damaged(source, entry.path)
             self.add(path, Path(local))
 
     def _store_small(self) -> None:

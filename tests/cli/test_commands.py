@@ -217,3 +217,42 @@ def test_a_model_is_not_a_delta(hubdiff: Run, family: Family, command: str) -> N
     said = hubdiff(command, family.base)
     assert said.code == 1
     assert "not a delta" in said.err
+
+
+def test_demo_tells_its_story_on_stderr_and_its_result_on_stdout(
+    hubdiff: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The demo itself has its own test; here it is only what it is asked and what it says."""
+    from hubdiff import demo
+    from hubdiff.progress import Progress
+
+    result = demo.DemoResult(
+        v2=0.1,
+        result=0.9,
+        tuned=0.95,
+        examples=300,
+        answers=(demo.Answered("sort ba = ", "xx", "ab", "ab"),),
+        model_bytes=10**6,
+        delta_bytes=10**5,
+        restored=("config.json",),
+        steps=(demo.Step("hubdiff push-delta a b", {"a": 1000}),),
+        card=None,
+        picture=None,
+        seconds=61.0,
+    )
+    asked: list[Path | None] = []
+
+    def short(folder: Path | None, *, progress: Progress) -> demo.DemoResult:
+        asked.append(folder)
+        progress.note("$ hubdiff push-delta a b")
+        return result
+
+    monkeypatch.setattr(demo, "demo", short)
+    said = hubdiff("demo")
+    assert said.code == 0, said.err
+    assert said.err == "$ hubdiff push-delta a b\n"
+    assert "0.90" in said.out
+    assert "10 %" in said.out
+    kept = hubdiff("demo", "--json", "--keep", str(tmp_path))
+    assert json.loads(kept.out)["result"] == 0.9
+    assert asked == [None, tmp_path]
