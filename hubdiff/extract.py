@@ -74,6 +74,7 @@ def extract(pair: Pair, folder: Path, *, plain: bool, progress: Progress) -> Ext
     worker = _Worker(pair, plain)
     with _Collector(pair, folder, worker.parts, progress) as collector:
         for file, header in pair.tuned.shards.items():
+            progress.advance(len(header.raw))
             run_ordered(
                 blocks(file, header), worker.work, collector.take, workers_for(remote=remote)
             )

@@ -122,6 +122,7 @@ def _weights(
     output = sink.open(file.path, file.header.file_size)
     try:
         output.write_at(0, file.header.raw)
+        progress.advance(len(file.header.raw))
         maker = _Maker(plan, file, output, device)
         with Lane() as ours, Lane() as theirs:
             checker = _Checker(plan, file, ours, theirs, progress)

@@ -45,7 +45,7 @@ def match_names(left: Collection[str], right: Collection[str]) -> Match:
     pairs = {name: name for name in left if name in right_set}
     open_left = [name for name in left if name not in pairs]
     open_right = right_set - set(pairs)
-    rename = _best_rename(open_left, open_right)
+    rename = _best_rename(open_left, open_right, at_least=len(pairs) + 1)
     if rename is not None:
         for name in open_left:
             other = rename.apply(name)
@@ -56,8 +56,10 @@ def match_names(left: Collection[str], right: Collection[str]) -> Match:
     return Match(ordered, rename)
 
 
-def _best_rename(left: Collection[str], right: Collection[str]) -> Rename | None:
-    """The rename that pairs the most names; None when nothing pairs or two do equally well."""
+def _best_rename(left: Collection[str], right: Collection[str], *, at_least: int) -> Rename | None:
+    """The rename that pairs the most names; None when two do equally well, or when it pairs fewer
+    than ``at_least``. A prefix moves a whole model: where more names are equal than it would pair,
+    what it pairs is a new head with an old one (``classifier.dense`` with ``lm_head.dense``)."""
     by_suffix: dict[str, list[str]] = {}
     for name in right:
         for prefix, suffix in _splits(name):
@@ -74,7 +76,7 @@ def _best_rename(left: Collection[str], right: Collection[str]) -> Rename | None
     scores = Counter(
         {rename: _score(rename, left, right_set) for rename in candidates}
     ).most_common(2)
-    if not scores or scores[0][1] == 0:
+    if not scores or scores[0][1] < at_least:
         return None
     if len(scores) == 2 and scores[0][1] == scores[1][1]:
         return None

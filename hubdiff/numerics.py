@@ -97,13 +97,15 @@ def _mend_infinite(hi: Tensor, lo: Tensor | None, tuned: Tensor, base: Tensor) -
         lo[odd] = 0.0
         overflow = odd & torch.isfinite(tuned) & torch.isfinite(base)
         hi[overflow], lo[overflow] = tuned[overflow], -base[overflow]
-    if tuned.dtype == base.dtype:
-        hi[odd & (bits(tuned) == bits(base))] = UNCHANGED
+    if tuned.dtype != base.dtype:
+        tuned, base = tuned.float(), base.float()
+    hi[odd & (bits(tuned) == bits(base))] = UNCHANGED
 
 
 def _all_finite(values: Tensor) -> bool:
     """A quick yes; a slow answer only where the norm overflows."""
-    if math.isfinite(torch.linalg.vector_norm(values, dtype=torch.float32)):
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    if math.isfinite(torch.linalg.vector_norm(values, dtype=wide)):
         return True
     return bool(torch.isfinite(values).all())
 

@@ -85,7 +85,7 @@ def _encodings(tensors: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def size_text(size: float) -> str:
     """Bytes for people, in powers of 1000 as the Hub shows them: ``1.7 GB``."""
     if size < 1000:
-        return f"{size:.0f} bytes"
+        return f"{size:.0f} byte{'s' * (round(size) != 1)}"
     for unit in ("kB", "MB", "GB", "TB"):
         size /= 1000
         if size < 999.5:  # from here on three digits would say 1e+03

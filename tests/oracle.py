@@ -40,20 +40,36 @@ def rounded(value: Fraction, dtype: torch.dtype) -> float:
 
 
 def difference(tuned: Tensor, base: Tensor) -> list[Fraction | float]:
-    """tuned − base, element by element; a float where it is not a finite number."""
-    pairs = zip(_numbers(tuned), _numbers(base), strict=True)
-    return [_exact(t) - _exact(b) if _finite(t, b) else t - b for t, b in pairs]
+    """tuned − base, element by element; 0 for equal infinities and for a NaN that stayed the same,
+    else a float where it is not a finite number."""
+    pairs = zip(_numbers(tuned), _numbers(base), _same(tuned, base), strict=True)
+    return [
+        Fraction(0) if same else Fraction(t) - Fraction(b) if _finite(t, b) else t - b
+        for t, b, same in pairs
+    ]
+
+
+def _same(tuned: Tensor, base: Tensor) -> list[bool]:
+    if tuned.dtype == base.dtype:
+        equal = (bits(tuned) == bits(base)).all(dim=1)
+    else:
+        equal = tuned.reshape(-1).double() == base.reshape(-1).double()
+    found: list[bool] = equal.tolist()
+    return found
 
 
 def added(
     target: Tensor, delta: list[Fraction | float], scale: float, dtype: torch.dtype
 ) -> list[float]:
-    """round(target + scale · delta), element by element; ``scale`` as a float32 number."""
+    """round(target + scale · delta), element by element; ``scale`` as a float32 number. A scale of
+    0 is the target, whatever delta is."""
     factor = torch.tensor(scale, dtype=torch.float32).item()
     result = []
     for number, step in zip(_numbers(target), delta, strict=True):
+        if factor == 0 or step == 0:
+            step = Fraction(0)
         if isinstance(step, Fraction) and math.isfinite(number):
-            result.append(rounded(_exact(number) + _exact(factor) * step, dtype))
+            result.append(rounded(Fraction(number) + Fraction(factor) * step, dtype))
         else:
             result.append(number + factor * float(step))
     return result
@@ -69,7 +85,8 @@ def same_numbers(actual: Tensor, expected: list[float]) -> bool:
 
 def bits(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, a row per element."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).reshape(tensor.numel(), -1)
+    rows = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return rows.reshape(tensor.numel(), tensor.element_size())
 
 
 def _numbers(tensor: Tensor) -> list[float]:
@@ -80,6 +97,3 @@ def _numbers(tensor: Tensor) -> list[float]:
 def _finite(*numbers: float) -> bool:
     return all(math.isfinite(number) for number in numbers)
 
-
-def _exact(number: float) -> Fraction:
-    return Fraction(number)

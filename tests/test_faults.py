@@ -169,14 +169,16 @@ def test_no_delta_is_published_of_half_a_model(
 
 
 @pytest.mark.parametrize(
-    "match", ["/commit/", "/xorbs/", "/preupload/"], ids=["commit", "content", "preupload"]
+    "match",
+    ["/commit/", "/xet-write-token/", "/preupload/"],
+    ids=["commit", "content", "preupload"],
 )
 def test_an_upload_that_fails_makes_no_commit(
     devhub: DevHub, family: Family, delta_repo: str, match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     no_patience_in_the_client(monkeypatch)
     before = on_hub.head(devhub, delta_repo)
-    fault = devhub.faults.add("500", match, ALWAYS, method="POST")
+    fault = devhub.faults.add("500", match, ALWAYS)
     with pytest.raises(HubError) as caught:
         push_delta(family.target_repo, delta_repo, base=family.base_repo)
     assert fault.fired
@@ -206,9 +208,13 @@ def test_a_commit_that_fails_at_first_is_made_once(
 def test_another_ones_commit_is_not_taken_for_ours(
     devhub: DevHub, family: Family, delta_repo: str, put_repo: PutRepo
 ) -> None:
-    """The answer is lost, and what stands there now is somebody else's."""
-    devhub.faults.add("503", "/commit/", 1, method="POST")
-    meddler = Acting(lambda: put_repo({"notes.txt": b"theirs"}, delta_repo))
+    """The first try fails, and what stands there at the second is somebody else's."""
+
+    def meddle() -> None:
+        put_repo({"notes.txt": b"theirs"}, delta_repo)
+        devhub.faults.add("503", "/commit/", 1, method="POST")
+
+    meddler = Acting(meddle)
     with pytest.raises(HubConflict):
         push_delta(family.target_repo, delta_repo, base=family.base_repo, progress=meddler)
     assert set(listing(devhub, delta_repo)) >= {"notes.txt"}

@@ -15,7 +15,7 @@ from hubdiff._version import __version__
 from hubdiff.card import result_card
 from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint
 from hubdiff.delta import Delta, open_delta_tree
-from hubdiff.errors import RefError, WrongBase
+from hubdiff.errors import CannotApply, RefError, WrongBase
 from hubdiff.facts import card_facts, facts
 from hubdiff.files import FileTree, open_tree
 from hubdiff.manifest import FileRecord
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
 RECORD = RESULT.marker
+_LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def apply(
     Raises ``HubdiffError``. Peak memory does not depend on the size of the model.
     """
     began = time.monotonic()
+    _check_scale(scale)
     destination = _destination(output, push_to)
     filters = Filters(tuple(include), tuple(exclude))
     # A dry run reads no weights: it must not fill the cache with them either.
@@ -111,6 +113,13 @@ def apply(
             again = make_plan(opened, target, scale=scale, filters=filters, as_transfer=True)
             applied = job.run(again)
     return replace(applied, seconds=time.monotonic() - began)
+
+
+def _check_scale(scale: float) -> None:
+    if not abs(scale) <= _LARGEST_FLOAT32:
+        raise CannotApply(
+            f"the scale {scale} is not a float32 number", next_step="Give a finite --scale."
+        )
 
 
 def _destination(output: str | Path | None, push_to: str | None) -> ModelRef:

@@ -138,10 +138,11 @@ def test_apply_to_the_hub_says_what_the_hub_copied(
 ) -> None:
     files = {path.name: path.read_bytes() for path in Path(family.other).iterdir()}
     target, result = put_repo(files), new_name()
-    said = hubdiff("apply", family.delta, "--to", target, "--push-to", result, "--private")
+    one_shard = ("--include", "model.embed_tokens.weight")
+    said = hubdiff("apply", family.delta, "--to", target, "--push-to", result, *one_shard)
     assert said.code == 0, said.err
     assert f"result   {result}\n" in said.out
-    assert "by the Hub itself" in said.out
+    assert "copied   1 file, by the Hub itself\n" in said.out
     assert f"/{result}/commit/" in said.out
 
 
