@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,3 +146,16 @@ def served(hub: DevHub, repo: str, path: str = "*.safetensors") -> int:
 
 def downloads(hub: DevHub, repo: str, path: str) -> list[LogRecord]:
     return [r for r in hub.log.select(repo=repo, file=path) if r.kind in DOWNLOADS]
+
+
+def run_script(script: str, *arguments: str, **environment: str) -> str:
+    """What a Python process of its own prints."""
+    ran = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout

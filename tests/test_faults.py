@@ -193,6 +193,37 @@ def no_patience_in_the_client(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
 
 
+PUSH = """
+import sys
+from hubdiff.errors import HubdiffError
+from hubdiff.jobs.push import push_delta
+
+try:
+    push_delta(sys.argv[1], sys.argv[2], base=sys.argv[3])
+except HubdiffError as error:
+    print(type(error).__name__, error, error.next_step)
+"""
+
+
+def test_content_that_is_not_accepted_makes_no_commit(
+    devhub: DevHub, family: Family, delta_repo: str
+) -> None:
+    """In a process of its own: the xet client reads its patience from the environment once."""
+    before = on_hub.head(devhub, delta_repo)
+    fault = devhub.faults.add("500", "/xorbs/", ALWAYS)
+    said = on_hub.run_script(
+        PUSH,
+        *(family.target_repo, delta_repo, family.base_repo),
+        **devhub.environment(),
+        HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="1",
+        HF_XET_CLIENT_RETRY_BASE_DELAY="1ms",
+    )
+    assert fault.fired
+    assert "500" in said, said
+    assert said.startswith("Hub"), said
+    assert on_hub.head(devhub, delta_repo) == before
+
+
 @pytest.mark.parametrize("kind", ["503", "reset"], ids=["refused", "answer lost"])
 def test_a_commit_that_fails_at_first_is_made_once(
     devhub: DevHub, family: Family, new_name: NewName, kind: str

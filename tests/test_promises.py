@@ -353,7 +353,7 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
             large_model(folder / name, layers, seed)
         for job, measured in peaks.items():
             places = [str(folder / name) for name in ("base", "tuned", "target", "delta")]
-            printed = run_script(PEAK, job, *places)
+            printed = on_hub.run_script(PEAK, job, *places)
             measured.append(int(printed))
         assert (folder / "delta-result" / "model.safetensors").stat().st_size > layers * 10_000_000
     for job, (small, large) in peaks.items():
@@ -373,18 +373,6 @@ def large_model(folder: Path, layers: int, seed: int) -> None:
     for number in range(layers - layers // 4):
         tensors[f"model.layers.{number}.weight"] = (layer + number).reshape(1000, -1)
     models.save(folder, tensors)
-
-
-def run_script(script: str, *arguments: str, **environment: str) -> str:
-    ran = subprocess.run(
-        [sys.executable, "-c", script, *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
 
 
 # --- 5. killed, and run again ---

@@ -1,0 +1,49 @@
+# `make demo` and `make test` need python3 (3.10 or newer) with venv, git and make; nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+KEEP := .demo
+WHEEL_VENV := build/wheel-venv
+PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
+
+.PHONY: demo test lint docs wheel bench clean
+
+demo: $(INSTALLED)
+	rm -rf $(KEEP)
+	$(BIN)/hubdiff demo --keep $(KEEP)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python -m hubdiff.cli._reference README.md
+
+# The wheel's own files in an environment of their own, which borrows the dependencies only: an
+# editable install is found through a .pth file, and those of a borrowed folder are not read.
+wheel: $(INSTALLED)
+	rm -rf dist $(WHEEL_VENV)
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m venv $(WHEEL_VENV)
+	$(BIN)/python -c '$(PACKAGES)' > "$$($(WHEEL_VENV)/bin/python -c '$(PACKAGES)')/borrowed.pth"
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --no-deps dist/*.whl
+	cd / && "$(CURDIR)/$(WHEEL_VENV)/bin/hubdiff" --version
+	cd / && "$(CURDIR)/$(WHEEL_VENV)/bin/python" "$(CURDIR)/tests/installed.py" "$(CURDIR)/$(WHEEL_VENV)"
+
+bench: $(INSTALLED)
+	$(BIN)/python tests/benchmarks/encodings.py
+	$(BIN)/python tests/benchmarks/end_to_end.py --gb 1.7 --folder build/models
+
+clean:
+	rm -rf $(VENV) $(KEEP) build dist
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
