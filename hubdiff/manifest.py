@@ -11,14 +11,13 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import zstandard
 
-from hubdiff.errors import BadManifest, NewerFormat, UnsafePath
-from hubdiff.files import safe_path
+from hubdiff import fields
+from hubdiff.errors import NewerFormat
 from hubdiff.names import Rename
 from hubdiff.safetensors_io import DTYPE_BITS, MAX_HEADER_BYTES, tensor_bytes
 
@@ -31,9 +30,7 @@ LAYERS = {
     "exact": (("raw",), ("ulp",)),
 }
 _FLOATS = ("BF16", "F16", "F32")
-_HEX = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -192,9 +189,9 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _bad(where, f"is not JSON ({error})") from error
-    root = _Reader(document, where, "")
-    version = root.get("format_version", _positive)
+        raise fields.bad_manifest(where, f"is not JSON ({error})") from error
+    root = fields.Fields(document, where, "")
+    version = root.get("format_version", fields.positive)
     if version > FORMAT_VERSION:
         raise NewerFormat(
             f"{where} has format version {version}, this hubdiff reads up to {FORMAT_VERSION}",
@@ -203,41 +200,47 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
     return _manifest(root)
 
 
-def _manifest(root: _Reader) -> Manifest:
+def _manifest(root: fields.Fields) -> Manifest:
     tuned = root.child("tuned")
     rename = root.optional_child("rename")
     layers = root.child("layers")
     filters = root.optional_child("filters")
     manifest = Manifest(
-        hubdiff_version=root.get("hubdiff_version", _string),
+        hubdiff_version=root.get("hubdiff_version", fields.string),
         base=_base(root.child("base")),
         tuned=_side(tuned),
         tuned_files=tuple(_tuned_file(item) for item in tuned.children("files")),
         not_carried=tuple(
-            NotCarried(i.get("path", _string), i.get("size", _natural), i.get("reason", _string))
+            NotCarried(
+                i.get("path", fields.string),
+                i.get("size", fields.natural),
+                i.get("reason", fields.string),
+            )
             for i in tuned.children("not_carried")
         ),
         tensors=tuple(_tensor(item) for item in root.children("tensors")),
-        removed=tuple(root.get("removed", _strings)),
+        removed=tuple(root.get("removed", fields.strings)),
         layers={g: tuple(_file(item) for item in layers.children(g)) for g in GROUPS},
         side_files=tuple(_file(item) for item in root.children("side_files")),
-        rename=Rename(rename.get("tuned_prefix", _string), rename.get("base_prefix", _string))
+        rename=Rename(
+            rename.get("tuned_prefix", fields.string), rename.get("base_prefix", fields.string)
+        )
         if rename
         else None,
-        aliases=root.get("aliases", _string_map),
-        not_portable_reason=root.get("not_portable_reason", _optional(_string)),
-        filters={k: tuple(filters.get(k, _strings)) for k in ("include", "exclude")}
+        aliases=root.get("aliases", fields.string_map),
+        not_portable_reason=root.get("not_portable_reason", fields.optional(fields.string)),
+        filters={k: tuple(filters.get(k, fields.strings)) for k in ("include", "exclude")}
         if filters
         else None,
         master=_side(master) if (master := root.optional_child("master")) else None,
-        provenance=root.get("provenance", _optional(_object)),
-        policy=root.get("policy", _string_map),
+        provenance=root.get("provenance", fields.optional(fields.mapping)),
+        policy=root.get("policy", fields.string_map),
     )
     _check_names(manifest, root)
     return manifest
 
 
-def _check_names(manifest: Manifest, root: _Reader) -> None:
+def _check_names(manifest: Manifest, root: fields.Fields) -> None:
     for kind, names in (
         ("name", [record.name for record in manifest.tensors]),
         ("tuned_name", [record.tuned_name for record in manifest.tensors]),
@@ -264,18 +267,20 @@ def _side_json(side: Side) -> dict[str, Any]:
     }
 
 
-def _side(reader: _Reader) -> Side:
+def _side(reader: fields.Fields) -> Side:
     return Side(
-        name=reader.get("name", _string),
-        repo=reader.get("repo", _optional(_string)),
-        revision=reader.get("revision", _optional(_string)),
-        commit=reader.get("commit", _optional(_matching(_COMMIT, "a commit of 40 hex digits"))),
-        licence=reader.get("licence", _optional(_string)),
-        gated=reader.get("gated", _boolean),
+        name=reader.get("name", fields.string),
+        repo=reader.get("repo", fields.optional(fields.string)),
+        revision=reader.get("revision", fields.optional(fields.string)),
+        commit=reader.get(
+            "commit", fields.optional(fields.matching(_COMMIT, "a commit of 40 hex digits"))
+        ),
+        licence=reader.get("licence", fields.optional(fields.string)),
+        gated=reader.get("gated", fields.boolean),
     )
 
 
-def _base(reader: _Reader) -> Side:
+def _base(reader: fields.Fields) -> Side:
     return replace(
         _side(reader),
         files=tuple(_file(item) for item in reader.children("files")),
@@ -283,9 +288,11 @@ def _base(reader: _Reader) -> Side:
     )
 
 
-def _file(reader: _Reader) -> FileRecord:
+def _file(reader: fields.Fields) -> FileRecord:
     return FileRecord(
-        reader.get("path", _path), reader.get("size", _natural), reader.get("sha256", _hash)
+        reader.get("path", fields.path),
+        reader.get("size", fields.natural),
+        reader.get("sha256", fields.digest),
     )
 
 
@@ -298,8 +305,8 @@ def _tuned_file_json(file: TunedFile) -> dict[str, Any]:
     return {key: value for key, value in document.items() if value is not None}
 
 
-def _tuned_file(reader: _Reader) -> TunedFile:
-    source = reader.get("source", _one_of("weights", "delta", "base"))
+def _tuned_file(reader: fields.Fields) -> TunedFile:
+    source = reader.get("source", fields.one_of("weights", "delta", "base"))
     record = _file(reader)
     header = reader.get("header", _header) if source == "weights" else None
     return TunedFile(record.path, record.size, record.sha256, source, header)
@@ -312,11 +319,11 @@ def _tensor_json(record: TensorRecord) -> dict[str, Any]:
     return document
 
 
-def _tensor(reader: _Reader) -> TensorRecord:
-    name = reader.get("name", _string)
-    dtype = reader.get("dtype", _one_of(*DTYPE_BITS))
-    shape = tuple(reader.get("shape", _naturals))
-    base_dtype = reader.get("base_dtype", _optional(_one_of(*DTYPE_BITS)))
+def _tensor(reader: fields.Fields) -> TensorRecord:
+    name = reader.get("name", fields.string)
+    dtype = reader.get("dtype", fields.one_of(*DTYPE_BITS))
+    shape = tuple(reader.get("shape", fields.naturals))
+    base_dtype = reader.get("base_dtype", fields.optional(fields.one_of(*DTYPE_BITS)))
     try:
         tensor_bytes(dtype, shape)
     except ValueError as error:
@@ -328,19 +335,19 @@ def _tensor(reader: _Reader) -> TensorRecord:
         shape=shape,
         dtype=dtype,
         base_dtype=base_dtype,
-        tuned=reader.get("tuned", _hash),
-        base=reader.get("base", _hash if base_dtype else _nothing),
-        probe=reader.get("probe", _hash if base_dtype else _nothing),
+        tuned=reader.get("tuned", fields.digest),
+        base=reader.get("base", fields.digest if base_dtype else fields.nothing),
+        probe=reader.get("probe", fields.digest if base_dtype else fields.nothing),
         parts=parts,
-        changed=reader.get("changed", _natural),
-        delta_norm=reader.get("delta_norm", _number),
-        base_norm=reader.get("base_norm", _number),
-        tuned_name=reader.get("tuned_name", _string) if "tuned_name" in reader else name,
+        changed=reader.get("changed", fields.natural),
+        delta_norm=reader.get("delta_norm", fields.number),
+        base_norm=reader.get("base_norm", fields.number),
+        tuned_name=reader.get("tuned_name", fields.string) if "tuned_name" in reader else name,
     )
 
 
 def _check_parts(
-    parts: tuple[Part, ...], dtype: str, base_dtype: str | None, reader: _Reader
+    parts: tuple[Part, ...], dtype: str, base_dtype: str | None, reader: fields.Fields
 ) -> None:
     """What the arithmetic takes for granted about the parts of one tensor."""
     if len({part.group for part in parts}) != len(parts):
@@ -360,172 +367,29 @@ def _check_parts(
             raise reader.bad("parts", f"holds a difference of {dtype} and {base_dtype} tensors")
 
 
-def _part(reader: _Reader) -> Part:
-    group = reader.get("group", _one_of(*GROUPS))
-    layers = tuple(reader.get("layers", _strings))
+def _part(reader: fields.Fields) -> Part:
+    group = reader.get("group", fields.one_of(*GROUPS))
+    layers = tuple(reader.get("layers", fields.strings))
     if layers not in LAYERS[group]:
         known = [list(layers) for layers in LAYERS[group]]
         raise reader.bad("layers", f"is {list(layers)!r}; known are {known}")
     return Part(
         group=group,
         layers=layers,
-        encoding=reader.get("encoding", _string),
-        dtype=reader.get("dtype", _one_of(*DTYPE_BITS)),
-        bytes=reader.get("bytes", _natural),
-        blake3=reader.get("blake3", _hash),
+        encoding=reader.get("encoding", fields.string),
+        dtype=reader.get("dtype", fields.one_of(*DTYPE_BITS)),
+        bytes=reader.get("bytes", fields.natural),
+        blake3=reader.get("blake3", fields.digest),
     )
-
-
-# --- checks of single fields: a function from the raw value to the checked one ---
-
-
-class _Wrong(Exception):
-    """Says what a field should have been."""
-
-
-class _Reader:
-    """A JSON object with a memory of where it stands, for messages that name the field."""
-
-    def __init__(self, document: Any, where: str, trail: str) -> None:
-        self._where, self._trail = where, trail
-        if not isinstance(document, dict):
-            raise self.bad("", "is not an object")
-        self._document = document
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._document
-
-    def bad(self, key: str, what: str) -> BadManifest:
-        name = f"{self._trail}{key}".rstrip(".")
-        return _bad(self._where, f"field {name!r} {what}" if name else what)
-
-    def get(self, key: str, check: Callable[[Any], T]) -> T:
-        if key not in self._document:
-            raise self.bad(key, "is missing")
-        try:
-            return check(self._document[key])
-        except _Wrong as wrong:
-            raise self.bad(key, f"is {_short(self._document[key])}, not {wrong}") from None
-        except UnsafePath as error:
-            raise self.bad(key, f"is no safe path ({error})") from error
-
-    def child(self, key: str) -> _Reader:
-        return _Reader(self.get(key, _object), self._where, f"{self._trail}{key}.")
-
-    def optional_child(self, key: str) -> _Reader | None:
-        return self.child(key) if self.get(key, _optional(_object)) is not None else None
-
-    def children(self, key: str) -> list[_Reader]:
-        items = self.get(key, _list)
-        return [
-            _Reader(item, self._where, f"{self._trail}{key}[{i}].") for i, item in enumerate(items)
-        ]
-
-
-def _typed(kind: type[T], words: str) -> Callable[[Any], T]:
-    def check(value: Any) -> T:
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise _Wrong(words)
-        return value
-
-    return check
-
-
-_boolean = _typed(bool, "true or false")
-_object: Callable[[Any], dict[str, Any]] = _typed(dict, "an object")
-_list: Callable[[Any], list[Any]] = _typed(list, "a list")
-
-
-def _string(value: Any) -> str:
-    # JSON can spell half a surrogate pair, which can neither be printed nor written to a file.
-    if not isinstance(value, str) or any(0xD800 <= ord(char) < 0xE000 for char in value):
-        raise _Wrong("a string")
-    return value
-
-
-def _nothing(value: Any) -> None:
-    if value is not None:
-        raise _Wrong("null (the tensor has no base)")
-
-
-def _natural(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise _Wrong("a whole number from 0")
-    return value
-
-
-def _positive(value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise _Wrong("a whole number from 1")
-    return value
-
-
-def _number(value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value < 1e300:  # NaN and Infinity out, too
-        raise _Wrong("a number from 0")
-    return float(value)
-
-
-def _naturals(value: Any) -> list[int]:
-    return [_natural(item) for item in _list(value)]
-
-
-def _strings(value: Any) -> list[str]:
-    return [_string(item) for item in _list(value)]
-
-
-def _string_map(value: Any) -> dict[str, str]:
-    return {_string(k): _string(v) for k, v in _object(value).items()}
-
-
-def _path(value: Any) -> str:
-    return safe_path(_string(value))
-
-
-def _matching(pattern: re.Pattern[str], words: str) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            raise _Wrong(words)
-        return value
-
-    return check
-
-
-_hash = _matching(_HEX, "a hash of 64 hex digits")
-
-
-def _one_of(*values: str) -> Callable[[Any], str]:
-    def check(value: Any) -> str:
-        if value not in values:
-            raise _Wrong(f"one of {', '.join(values)}")
-        return str(value)
-
-    return check
-
-
-def _optional(check: Callable[[Any], T]) -> Callable[[Any], T | None]:
-    return lambda value: None if value is None else check(value)
 
 
 def _header(value: Any) -> bytes:
     """A safetensors header, base64 of a zstd frame; its size is checked before it is unpacked."""
     try:
-        frame = base64.b64decode(_string(value), validate=True)
+        frame = base64.b64decode(fields.string(value), validate=True)
         size = zstandard.frame_content_size(frame)
         if not 0 <= size <= MAX_HEADER_BYTES + 8:
-            raise _Wrong(f"a header of at most {MAX_HEADER_BYTES:,} bytes")
+            raise fields.WrongField(f"a header of at most {MAX_HEADER_BYTES:,} bytes")
         return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
     except (binascii.Error, zstandard.ZstdError) as error:
-        raise _Wrong(f"base64 of a zstd frame ({error})") from error
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _bad(where: str, what: str) -> BadManifest:
-    return BadManifest(
-        f"{where}: {what}",
-        next_step="The delta is damaged; ask its author to push it again.",
-    )
+        raise fields.WrongField(f"base64 of a zstd frame ({error})") from error

@@ -216,7 +216,8 @@ def test_content_that_is_not_accepted_makes_no_commit(
         *(family.target_repo, delta_repo, family.base_repo),
         **devhub.environment(),
         HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="1",
-        HF_XET_CLIENT_RETRY_BASE_DELAY="1ms",
+        HF_XET_CLIENT_RETRY_BASE_DELAY="10ms",
+        HF_XET_CLIENT_RETRY_MAX_DURATION="1s",
     )
     assert fault.fired
     assert "500" in said, said

@@ -1,0 +1,65 @@
+"""What a place for results offers, whatever it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from hubdiff.manifest import FileRecord
+from hubdiff.refs import PinnedRef
+from hubdiff.writer.output import OutputFile
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a result is: ``where`` is the folder or repo, ``url`` the commit's page."""
+
+    where: str
+    url: str | None = None
+    commit: str | None = None
+    pr_url: str | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is published. ``marker`` is the file that every repo of this kind has; ``owned`` are the
+    globs of files that belong to it and go when a new version lacks them."""
+
+    name: str
+    marker: str
+    owned: tuple[str, ...]
+
+
+DELTA = Kind(
+    "delta",
+    "hubdiff.json",
+    ("delta-*", "tail-*", "exact-*", "delta.safetensors.index.json", "tuned/*", "base/*"),
+)
+RESULT = Kind("result", "hubdiff-result.json", ("*.safetensors", "*.safetensors.index.json"))
+
+
+class Sink(Protocol):
+    """Takes the files of a result. Use as a context; without ``publish`` nothing appears."""
+
+    staging: Path
+
+    def done(self, path: str) -> FileRecord | None:
+        """The record of a file that an earlier run finished, checked again; else None."""
+
+    def open(self, path: str, size: int) -> OutputFile:
+        """A file to write, inside ``staging``."""
+
+    def finish(self, record: FileRecord) -> None:
+        """The file is whole in ``staging``, closed, and has this content."""
+
+    def put(self, path: str, data: bytes) -> FileRecord:
+        """A small file, whole."""
+
+    def copies_from(self, pin: PinnedRef) -> bool:
+        """Whether ``copy`` can take files from that place without their bytes passing here."""
+
+    def copy(self, path: str, pin: PinnedRef, source: str) -> None: ...
+
+    def publish(self, message: str) -> Published:
+        """Make all of it visible at once."""
