@@ -1,4 +1,4 @@
-"""What a transfer must give, worked out in exact fractions: slow, obvious, and no code of hubdiff."""
+"""What a transfer must give, in exact fractions: slow, obvious, and without any code of hubdiff."""
 
 from __future__ import annotations
 
@@ -98,4 +98,3 @@ def _numbers(tensor: Tensor) -> list[float]:
 
 def _finite(*numbers: float) -> bool:
     return all(math.isfinite(number) for number in numbers)
-

@@ -1,4 +1,4 @@
-"""Whatever is wrong: an error that names the file and the way out, and nothing lost or half-written.
+"""Whatever is wrong: an error that names the file and the way out, nothing lost or half-written.
 
 On folders; what the Hub can refuse is in tests/hub.
 """
@@ -409,10 +409,9 @@ def _payload(world: World, name: str, group: str = "delta") -> bytes:
 
 
 FORGED: dict[str, Callable[[bytes], bytes]] = {
-    "an index that claims less": lambda data: (int.from_bytes(data[:4], "little") - 1).to_bytes(
-        4, "little"
-    )
-    + data[4:],
+    "an index that claims less": lambda data: (
+        (int.from_bytes(data[:4], "little") - 1).to_bytes(4, "little") + data[4:]
+    ),
     "an index that claims more": lambda data: b"\xff\xff\xff\x7f" + data[4:],
     "nothing but an index": lambda data: data[:8],
     "less than an index": lambda data: data[:3],
@@ -474,15 +473,15 @@ def _outcome(world: World, to: Path) -> dict[str, str] | str:
     try:
         world.apply(to)
     except HubdiffError as error:
-        assert error.next_step, error
-        assert not world.out.exists()
+        if error.next_step is None or world.out.exists():
+            raise
         return type(error).__name__
     return {path: digest for path, digest in hashes(world.out).items() if path not in RECORDS}
 
 
 def _places(size: int, wanted: int) -> list[int]:
     """The first bytes, where headers and indices are, and a spread over the rest."""
-    return sorted({*range(0, min(size, 24)), *range(0, size, max(1, size // wanted)), size - 1})
+    return sorted({*range(min(size, 24)), *range(0, size, max(1, size // wanted)), size - 1})
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["packed", "plain"])
@@ -527,7 +526,8 @@ def test_a_flipped_byte_in_the_manifest_is_an_error_or_harmless(tmp_path: Path) 
         try:
             applied = world.apply()
         except HubdiffError as error:
-            assert error.next_step
+            if error.next_step is None:
+                raise
             errors += 1
             continue
         if applied.plan["case"] == "own base":
@@ -727,9 +727,10 @@ def _cut_off(world: World, to: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(self: FolderSink, message: str) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(FolderSink, "publish", killed)
-        world.apply(to)
+        with pytest.raises(KeyboardInterrupt):
+            world.apply(to)
     assert not world.out.exists()
 
 
@@ -766,4 +767,3 @@ def test_leftovers_that_were_damaged_are_made_again(
     result = {k: v for k, v in hashes(world.out).items() if k != "hubdiff-result.json"}
     assert result == hashes(world.tuned)
     assert not partial.exists()
-

@@ -170,9 +170,7 @@ def test_a_shard_that_is_no_safetensors_is_refused_by_name(tmp_path: Path) -> No
         ([], "no safetensors weights"),
     ],
 )
-def test_weights_that_can_not_be_read_say_why(
-    tmp_path: Path, files: list[str], words: str
-) -> None:
+def test_weights_that_can_not_be_read_say_why(tmp_path: Path, files: list[str], words: str) -> None:
     for file in ["config.json", *files]:
         (tmp_path / file).write_text("{}")
     with pytest.raises(NoWeights, match=words) as caught:

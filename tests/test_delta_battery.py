@@ -1,4 +1,4 @@
-"""Whole deltas over every dtype, shape and oddity: own base bit for bit, elsewhere the exact answer.
+"""Whole deltas of every dtype, shape and oddity: own base bit for bit, elsewhere the exact answer.
 
 Every test runs packed and plain. A segment has 2^20 elements; most tests cut tensors into segments
 of a few elements instead, so that small tensors have many, and one test uses real ones.
@@ -49,7 +49,9 @@ def from_patterns(patterns: np.ndarray, dtype: torch.dtype, shape: tuple[int, ..
     if dtype == torch.bool:
         return torch.from_numpy(patterns.astype(np.uint8) % 2 == 1).reshape(shape)
     size = torch.empty((), dtype=dtype).element_size()
-    data = torch.from_numpy(patterns.astype(np.uint64).view(np.uint8).reshape(-1, 8)[:, :size].copy())
+    data = torch.from_numpy(
+        patterns.astype(np.uint64).view(np.uint8).reshape(-1, 8)[:, :size].copy()
+    )
     return data.reshape(-1).view(dtype).reshape(shape)
 
 
@@ -206,15 +208,12 @@ def test_a_transfer_is_the_exact_sum_rounded_once(
         extra = {"layer.extra.weight": torch.zeros(1)}  # so that it never is the own base
         target = write(folder / "target", {**{n: m for n, (_, _, m) in made.items()}, **extra})
         hubdiff.push_delta(tuned, folder / "delta", base=base, plain=plain)
-        applied = hubdiff.apply(
-            folder / "delta", target, output=folder / "result", scale=scale, force=True
-        )
+        hubdiff.apply(folder / "delta", target, output=folder / "result", scale=scale)
         result = load_file(folder / "result" / "model.safetensors")
         for name, (tune, start, goal) in made.items():
             with hubdiff.open_delta(folder / "delta") as delta:
-                step = delta.get_tensor(name) if name in delta.keys() else None
+                step = delta.get_tensor(name) if delta.records[name].portable else None
             _check_transfer(result[name], tune, start, goal, step, scale)
-        assert applied.plan["case"] in ("transfer", "own base")
 
 
 def _check_transfer(
@@ -231,7 +230,9 @@ def _check_transfer(
     if tuned.dtype == base.dtype != torch.float32:
         delta = exact
         if step is not None:  # the dense view of it: Δ rounded once to float32
-            expected = [d if isinstance(d, float) else oracle.rounded(d, torch.float32) for d in exact]
+            expected = [
+                d if isinstance(d, float) else oracle.rounded(d, torch.float32) for d in exact
+            ]
             assert oracle.same_numbers(step, expected)
     else:
         nothing: list[Fraction | float] = [Fraction(0)] * tuned.numel()
@@ -331,11 +332,14 @@ def test_fp8_rebuilds_on_its_own_base_and_is_refused_elsewhere(
 # --- tensors on one side only ---
 
 
+ADDED = st.tuples(st.sampled_from((*FLOATS, *RAW)), st.sampled_from(SHAPES), SEED)
+
+
 @plain_or_packed
 @settings(max_examples=15, deadline=None)
 @given(
     common=st.lists(SAME_DTYPE, min_size=2, max_size=4),
-    added=st.lists(st.tuples(st.sampled_from((*FLOATS, *RAW)), st.sampled_from(SHAPES), SEED), max_size=3),
+    added=st.lists(ADDED, max_size=3),
     removed=st.integers(0, 2),
     segment=st.sampled_from([SEGMENT, 5]),
 )  # fmt: skip
@@ -362,9 +366,7 @@ def test_added_and_removed_tensors(
         assert set(record.removed) == set(gone)
         rebuilt_equals(folder, folder / "delta", base, tuned)
         # A scale makes a transfer of it, even onto a target that happens to be the own base.
-        applied = hubdiff.apply(
-            folder / "delta", target, output=folder / "result", scale=0.5
-        )
+        applied = hubdiff.apply(folder / "delta", target, output=folder / "result", scale=0.5)
         result = load_file(folder / "result" / "model.safetensors")
     assert set(result) == {*made, *new, *gone}
     assert set(applied.plan["added"]) == set(new)
@@ -379,9 +381,7 @@ def test_added_and_removed_tensors(
 
 @plain_or_packed
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_tensors_of_several_real_segments(
-    tmp_path: Path, plain: bool, dtype: torch.dtype
-) -> None:
+def test_tensors_of_several_real_segments(tmp_path: Path, plain: bool, dtype: torch.dtype) -> None:
     """Of more than one segment, and of more than one block."""
     generator = torch.Generator().manual_seed(0)
     count = 5 * SEGMENT + 5 if dtype == torch.bfloat16 else SEGMENT + 5

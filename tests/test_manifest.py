@@ -167,8 +167,8 @@ def test_every_mistyped_field_is_refused_or_of_its_own_type(document: Document) 
                 inside = {f"'{named(trail)}.", f"'{named(trail)}["}
                 if trail[0] == "tensors":  # whose fields must fit each other
                     inside.add(f"'{named(trail[:2])}.")
-                assert any(name in str(error) for name in around | inside), (trail, value, error)
-                assert error.next_step
+                if error.next_step is None or not any(n in str(error) for n in around | inside):
+                    pytest.fail(f"{named(trail)} = {value!r}: {error}")
             else:
                 same = type(value) is type(right) or {type(value), type(right)} <= {int, float}
                 nullable = value is None or right is None
@@ -214,7 +214,18 @@ def test_unknown_fields_are_ignored(document: Document, text: bytes) -> None:
 
 # --- what a stranger may try ---
 
-UNSAFE = ["../x", "/etc/passwd", "a/../../x", "..", "", "a//b", "C:/x", "a\\b", ".git/hooks/x", "\0"]
+UNSAFE = [
+    "../x",
+    "/etc/passwd",
+    "a/../../x",
+    "..",
+    "",
+    "a//b",
+    "C:/x",
+    "a\\b",
+    ".git/hooks/x",
+    "\0",
+]
 
 
 @pytest.mark.parametrize("path", UNSAFE)

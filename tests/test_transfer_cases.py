@@ -269,7 +269,9 @@ def test_a_tune_that_unties_takes_its_head_along(tmp_path: Path) -> None:
     result, plan = transfer(tmp_path, delta, target)
     assert plan["added"] == [HEAD]
     assert torch.equal(result[HEAD], new[HEAD])
-    assert json.loads((tmp_path / "result/config.json").read_bytes())["tie_word_embeddings"] is False
+    assert (
+        json.loads((tmp_path / "result/config.json").read_bytes())["tie_word_embeddings"] is False
+    )
 
 
 def test_a_changed_head_that_a_tied_target_lacks_is_refused(tmp_path: Path) -> None:
@@ -331,9 +333,7 @@ def test_specials_keep_their_bits_where_the_tune_did_nothing(tmp_path: Path) -> 
 
 
 def renamed(tensors: Tensors, old: str, new: str) -> Tensors:
-    return {
-        new + n.removeprefix(old) if n.startswith(old) else n: t for n, t in tensors.items()
-    }
+    return {new + n.removeprefix(old) if n.startswith(old) else n: t for n, t in tensors.items()}
 
 
 RENAMES = {
@@ -360,7 +360,7 @@ def test_prefixes_that_differ_are_matched_and_recorded(tmp_path: Path, case: str
     rename = manifest(delta).rename
     assert (rename is None) == (in_base[1] == in_tuned[1])
     if rename is not None:
-        assert {n for n in renamed(old, *in_base)} == {rename.apply(n) for n in read(tuned)}
+        assert set(renamed(old, *in_base)) == {rename.apply(n) for n in read(tuned)}
     rebuild(tmp_path, delta, base, tuned)
     result, plan = transfer(tmp_path, delta, save(tmp_path / "target", renamed(other, *in_target)))
     expected = renamed({n: exact(other[n], new[n], old[n]) for n in old}, *in_target)
@@ -572,7 +572,7 @@ def test_an_fp8_target_without_a_word_in_its_config_is_refused(tmp_path: Path) -
     old = weights()
     delta = push(tmp_path, save(tmp_path / "tuned", moved(old)), save(tmp_path / "base", old))
     other = {**sibling(old), UP: sibling(old)[UP].to(torch.float8_e4m3fn)}
-    with pytest.raises(NotPortable, match="up_proj.weight is F8_E4M3"):
+    with pytest.raises(NotPortable, match=r"up_proj\.weight is F8_E4M3"):
         hubdiff.apply(delta, save(tmp_path / "target", other), output=tmp_path / "result")
 
 

@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from hubdiff.errors import OutputExists
+from hubdiff.errors import OutputError, OutputExists
 from hubdiff.files import LocalReader, safe_path
 from hubdiff.hashing import hash_bytes, hash_reader
 from hubdiff.manifest import FileRecord
@@ -46,12 +46,17 @@ class FolderSink:
     def _resume(self, run: str) -> dict[str, FileRecord]:
         """What a killed run of the same name left finished."""
         head = json.dumps({"run": run})
-        lines = self._journal.read_text().splitlines() if self._journal.is_file() else []
+        text = self._journal.read_text(errors="replace") if self._journal.is_file() else ""
+        lines = text.splitlines()
         if not lines or lines[0] != head:
             with disk_errors(self.staging):
                 shutil.rmtree(self.staging, ignore_errors=True)
                 self.staging.mkdir(parents=True)
-            self._log(head)
+            try:
+                self._log(head)
+            except OutputError:
+                self.discard()
+                raise
             return {}
         finished = {}
         for line in lines[1:]:
