@@ -12,7 +12,7 @@ import pytest
 
 from hubdiff import files
 from hubdiff.errors import CheckpointError, RefError, UnsafePath
-from hubdiff.files import FileInfo, LocalTree, open_tree, safe_path
+from hubdiff.files import BytesReader, FileInfo, LocalTree, open_tree, safe_path
 from hubdiff.refs import ModelRef
 
 
@@ -134,3 +134,11 @@ def test_unsafe_paths_are_refused(path: str) -> None:
 )
 def test_safe_paths_come_back_unchanged(path: str) -> None:
     assert safe_path(path) == path
+
+
+def test_bytes_in_memory_are_a_file_too() -> None:
+    reader, buffer = BytesReader(b"0123456789"), bytearray(3)
+    reader.read_into(7, memoryview(buffer))
+    assert (reader.size, bytes(buffer)) == (10, b"789")
+    with pytest.raises(CheckpointError, match="bytes 8 to 11"):
+        reader.read_into(8, memoryview(buffer))

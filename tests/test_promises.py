@@ -231,9 +231,8 @@ def test_reads_only_planned_bytes(
     assert moved[target] + planned_side_bytes(applied.plan, "target") == read["target"]
     assert moved[delta_repo] + planned_side_bytes(applied.plan, "delta") == read["delta"]
     assert read["network"] == read["target"] + read["delta"]
-    for repo in (delta_repo, target):
-        for path in {r.file for r in devhub.log.select(repo=repo, file="*.safetensors")}:
-            assert devhub.log.count(kind="resolve", repo=repo, file=path) == 1, path
+    resolved = [(r.repo, r.file) for r in devhub.log.select(kind="resolve")]
+    assert len(resolved) == len(set(resolved))
     assert devhub.log.bytes_served(family.tuned_repo) == 0
     if case == "transfer":
         assert devhub.log.count(repo=delta_repo, file="exact-*") == 0
@@ -462,7 +461,7 @@ ONE_OFF = (RECORD, "README.md")  # they name the output folder
 
 @pytest.fixture
 def work(tmp_path: Path) -> Work:
-    """A transfer of 12 MB in eight shards."""
+    """A transfer of 24 MB in eight shards."""
     before = {f"model.layers.{n}.weight": drawn(n) for n in range(16)}
     after = {name: (t.float() * 1.01).to(t.dtype) for name, t in before.items()}
     models.save(tmp_path / "base", before)
@@ -477,7 +476,7 @@ def work(tmp_path: Path) -> Work:
 
 def drawn(seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(512, 768, generator=generator) * 0.02).to(torch.bfloat16)
+    return (torch.randn(768, 1024, generator=generator) * 0.02).to(torch.bfloat16)
 
 
 @pytest.fixture

@@ -81,13 +81,15 @@ class HubTree:
     other file only the ranges asked for are fetched, unless ``cache`` says to download it whole
     into that cache first.
 
-    A small file has no sha256 in the listing: it is read whole and checked against git's id. Ranges
-    of a large one can't be checked one by one; that is up to who reads them all."""
+    A small file has no sha256 in the listing: it is read whole, checked against git's id, and
+    remembered. Ranges of a large one can't be checked one by one; that is up to who reads them
+    all."""
 
     def __init__(self, ref: ModelRef, *, cache: bool = False) -> None:
         self.pin = pin(ref)
         self._download_whole = cache
         self._remote: dict[str, RemoteFile] = {}
+        self._small: dict[str, bytes] = {}
 
     def files(self) -> dict[str, FileInfo]:
         return self._files
@@ -103,10 +105,14 @@ class HubTree:
 
     def read_bytes(self, path: str) -> bytes:
         info = self._info(path)
+        if path in self._small:
+            return self._small[path]
         with closing(self._reader(info)) as reader:
             data = read_whole(reader, path)
         if not has_content(info, data):
             raise damaged(self.pin, path)
+        if info.sha256 is None:
+            self._small[path] = data
         return data
 
     def _reader(self, info: FileInfo) -> ByteReader:
