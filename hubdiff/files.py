@@ -63,7 +63,7 @@ class FileTree(Protocol):
         """A small file, whole."""
 
     def is_remote(self, path: str) -> bool:
-        """Whether reading this file costs network traffic."""
+        """Whether reading this file costs network traffic, or did when this tree fetched it."""
 
 
 def open_tree(ref: ModelRef, *, cache: bool = False) -> FileTree:

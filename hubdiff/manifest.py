@@ -248,9 +248,11 @@ def _check_names(manifest: Manifest, root: fields.Fields) -> None:
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise root.bad("tensors", f"two tensors have the {kind} {twice!r}")
-    for path in [f.path for f in manifest.tuned_files if f.source == "weights"]:
-        if "/" in path:
-            raise root.bad("tuned.files", f"the weights file {path!r} is not at the root")
+    for file in manifest.tuned_files:
+        if file.source == "weights" and "/" in file.path:
+            raise root.bad("tuned.files", f"the weights file {file.path!r} is not at the root")
+    if len({file.path for file in manifest.tuned_files}) != len(manifest.tuned_files):
+        raise root.bad("tuned.files", "names a path twice")
 
 
 # --- one function per record, both directions ---

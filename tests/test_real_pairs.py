@@ -1,8 +1,8 @@
 """Real trained weights: three BERTs of the rxnfp wheel (MIT), a base and two fine-tunes of it.
 
-Key prefixes differ (``bert.`` or none), heads are on one side only, weights are float32. The wheel is
-fetched once with pip into ``HUBDIFF_TEST_DATA`` (``~/.cache/hubdiff-tests``); without a network these
-tests are skipped. Its pickles are read with ``weights_only=True`` and never by hubdiff.
+Key prefixes differ (``bert.`` or none), heads are on one side only, weights are float32. The wheel
+is fetched once with pip into ``HUBDIFF_TEST_DATA`` (``~/.cache/hubdiff-tests``); without a network
+these tests are skipped. Its pickles are read with ``weights_only=True`` and never by hubdiff.
 """
 
 from __future__ import annotations

@@ -90,6 +90,7 @@ class HubTree:
         self._download_whole = cache
         self._remote: dict[str, RemoteFile] = {}
         self._small: dict[str, bytes] = {}
+        self._downloaded: set[str] = set()  # into the cache, by this tree: it did cost traffic
 
     def files(self) -> dict[str, FileInfo]:
         return self._files
@@ -125,7 +126,7 @@ class HubTree:
         return RemoteReader(file)
 
     def is_remote(self, path: str) -> bool:
-        return self._cached(self._info(path)) is None
+        return path in self._downloaded or self._cached(self._info(path)) is None
 
     def _info(self, path: str) -> FileInfo:
         info = self._files.get(path)
@@ -143,5 +144,6 @@ class HubTree:
 
     def _download(self, path: str) -> Path:
         assert self.pin.repo is not None
+        self._downloaded.add(path)
         with translated(subject(self.pin.repo, self.pin.commit, path)), quiet():
             return Path(api().hf_hub_download(self.pin.repo, path, revision=self.pin.commit))

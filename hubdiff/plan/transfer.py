@@ -176,10 +176,11 @@ class Transfer:
             own = self.delta.manifest.rename
             name = own.apply(record.name) if own else record.name
             name = rename.apply(name) if rename else name
-            if record.name in self.delta.manifest.aliases and tied(self.target.config) is not False:
+            taken = name in self.target.tensors
+            alias = record.name in self.delta.manifest.aliases
+            if alias and (taken or tied(self.target.config) is not False):
                 self.notes.append(f"{record.name} repeats the tied embedding: not added")
                 continue
-            taken = name in self.target.tensors
             self.notes.append(
                 f"{name} {'replaces the target’s' if taken else 'is added'}: only the tuned model "
                 "has it"

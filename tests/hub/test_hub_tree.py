@@ -204,7 +204,8 @@ def test_cache_downloads_whole_files_into_the_cache(put_repo: PutRepo, devhub: D
     assert tree.is_remote("model.safetensors")
     with tree.open("model.safetensors") as reader:
         assert isinstance(reader, LocalReader)
-    assert not tree.is_remote("model.safetensors")
+    assert tree.is_remote("model.safetensors"), "it did cost traffic"
+    assert not tree_of(repo).is_remote("model.safetensors")
     assert read(tree, "model.safetensors", 0, 8) == WEIGHTS[:8]
     assert devhub.log.bytes_served(repo, "model.safetensors") == len(WEIGHTS)
 
