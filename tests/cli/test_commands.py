@@ -236,7 +236,7 @@ def test_demo_tells_its_story_on_stderr_and_its_result_on_stdout(
         model_bytes=10**6,
         delta_bytes=10**5,
         restored=("config.json",),
-        steps=(demo.Step("hubdiff push-delta a b", {"a": 1000}),),
+        steps=(demo.Step("push-delta", "hubdiff push-delta a b", {"a": 1000}),),
         card=None,
         picture=None,
         seconds=61.0,

@@ -60,7 +60,7 @@ def stranger(hub: DevHub) -> HfApi:
 @pytest.fixture
 def repo(alice: HfApi) -> str:
     """A fresh, empty repo of alice's."""
-    name = f"alice/repo-{next(_numbers)}"
+    name = f"alice/judged-{next(_numbers)}"
     alice.create_repo(name)
     return name
 
