@@ -127,8 +127,8 @@ class DemoResult:
             f"On its own base the delta gave back {len(self.restored)} files of {OWNER}/{TUNED}, "
             "each with the hash that the Hub lists for it.",
             "All this is a toy: a million parameters, trained in seconds at 50 times the usual "
-            "learning rate of a fine-tune. Hence its large delta: the size follows how far training "
-            "moved the weights.",
+            "learning rate of a fine-tune. Hence its large delta: the size follows how far "
+            "training moved the weights.",
         ]
         if self.card is not None:
             lines.append(f"The delta's card is {self.card}, its picture {self.picture}.")

@@ -1,4 +1,4 @@
-"""Small models for tests: real safetensors, configs and tokenizers in folders, and their fine-tunes.
+"""Small models for tests: real safetensors, configs, tokenizers in folders, and their fine-tunes.
 
 The weights are drawn, not trained: what these tests check is bytes. Seeds are fixed.
 """

@@ -22,7 +22,19 @@ FORMATS = {  # dtype: (fraction bits, lowest exponent of a subnormal's unit, lar
 }
 INT = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32}
 
-SPECIAL_16 = [0x0000, 0x8000, 0x0001, 0x8001, 0x7F7F, 0x7F80, 0xFF80, 0x7FC1, 0x7F81, 0x3F80, 0xBF80]
+SPECIAL_16 = [
+    0x0000,
+    0x8000,
+    0x0001,
+    0x8001,
+    0x7F7F,
+    0x7F80,
+    0xFF80,
+    0x7FC1,
+    0x7F81,
+    0x3F80,
+    0xBF80,
+]
 
 
 def patterns(dtype: str) -> st.SearchStrategy[int]:
@@ -126,7 +138,9 @@ def test_mixed_dtypes_are_rounded_once(case):
     lo = tensor([row[1] for row in rows], delta_dtype)
     target = tensor([row[2] for row in rows], target_dtype)
     result = add(target, Difference(hi, lo), 1.0, DTYPES[out])
-    for h, tail, t, r in zip(hi.tolist(), lo.tolist(), target.tolist(), result.tolist(), strict=True):
+    for h, tail, t, r in zip(
+        hi.tolist(), lo.tolist(), target.tolist(), result.tolist(), strict=True
+    ):
         if all(map(math.isfinite, (h, tail, t))):
             assert r == round_fraction(Fraction(t) + Fraction(h) + Fraction(tail), out)
 
