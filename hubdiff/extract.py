@@ -18,7 +18,7 @@ from hubdiff import numerics
 from hubdiff.encodings import ENCODINGS
 from hubdiff.hashing import FileHashes, Lane, tensor_hash
 from hubdiff.layers import DenseWriter, LayerWriter, PayloadWriter
-from hubdiff.manifest import GROUPS, FileRecord, Part, TensorRecord
+from hubdiff.manifest import GROUPS, PROBE_BYTES, FileRecord, Part, TensorRecord
 from hubdiff.pair import Pair, TensorPair
 from hubdiff.progress import Progress
 from hubdiff.stream import (
@@ -33,8 +33,6 @@ from hubdiff.stream import (
     workers_for,
 )
 
-# Enough of a tensor's start to tell two models apart, little enough to ask for over a network.
-PROBE_BYTES = 4096
 _PENDING = "0" * 64  # a hash that is known only when the payload is whole
 
 
@@ -176,7 +174,7 @@ class _Worker:
         dtype = self._delta_dtype(pair)
         delta = numerics.difference(tuned if master is None else master, base, dtype)
         piece.delta_square += _square(delta.hi)
-        piece.changed += int((tuned.float() != base.float()).sum())
+        piece.changed += _count_changed(tuned, base)
         self._encode_delta(piece, segment, delta)
         predicted = numerics.add(base, delta, 1.0, tuned.dtype)
         if not torch.equal(numerics.bits(tuned), numerics.bits(predicted)):
@@ -331,6 +329,13 @@ PartsOf = Callable[[TensorPair], dict[str, Part]]
 
 def _floats(data: memoryview, dtype: str) -> torch.Tensor:
     return numerics.from_bits(np.frombuffer(data, unit_dtype(dtype)), dtype)
+
+
+def _count_changed(tuned: torch.Tensor, base: torch.Tensor) -> int:
+    """Elements whose bits differ; across dtypes, whose values do."""
+    if tuned.dtype == base.dtype:
+        return int((numerics.bits(tuned) != numerics.bits(base)).sum())
+    return int((tuned.float() != base.float()).sum())
 
 
 def _unit(dtype: str) -> int:

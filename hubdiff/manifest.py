@@ -19,10 +19,17 @@ import zstandard
 from hubdiff import fields
 from hubdiff.errors import NewerFormat
 from hubdiff.names import Rename
-from hubdiff.safetensors_io import DTYPE_BITS, MAX_HEADER_BYTES, tensor_bytes
+from hubdiff.safetensors_io import (
+    DTYPE_BITS,
+    MAX_HEADER_BYTES,
+    first_repeated,
+    tensor_bytes,
+)
 
 FORMAT_VERSION = 1
 GROUPS = ("delta", "tail", "exact")
+# Enough of a tensor's start to tell two models apart, little enough to ask for over a network.
+PROBE_BYTES = 4096
 # What a part of each group may hold, layer by layer.
 LAYERS = {
     "delta": (("hi", "lo"), ("hi",), ("raw",)),
@@ -205,6 +212,7 @@ def _manifest(root: fields.Fields) -> Manifest:
     rename = root.optional_child("rename")
     layers = root.child("layers")
     filters = root.optional_child("filters")
+    _check_header_sizes(tuned)
     manifest = Manifest(
         hubdiff_version=root.get("hubdiff_version", fields.string),
         base=_base(root.child("base")),
@@ -240,13 +248,21 @@ def _manifest(root: fields.Fields) -> Manifest:
     return manifest
 
 
+def _check_header_sizes(tuned: fields.Fields) -> None:
+    """Headers of all shards together are no larger than one header may be: each alone could be, and
+    a small manifest would unpack to gigabytes."""
+    headers = [i.get("header", _frame) for i in tuned.children("files") if "header" in i]
+    if sum(map(zstandard.frame_content_size, headers)) > MAX_HEADER_BYTES:
+        raise tuned.bad("files", f"has headers of more than {MAX_HEADER_BYTES:,} bytes in all")
+
+
 def _check_names(manifest: Manifest, root: fields.Fields) -> None:
     for kind, names in (
         ("name", [record.name for record in manifest.tensors]),
         ("tuned_name", [record.tuned_name for record in manifest.tensors]),
     ):
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
+        twice = first_repeated(names)
+        if twice is not None:
             raise root.bad("tensors", f"two tensors have the {kind} {twice!r}")
     for file in manifest.tuned_files:
         if file.source == "weights" and "/" in file.path:
@@ -385,13 +401,22 @@ def _part(reader: fields.Fields) -> Part:
     )
 
 
-def _header(value: Any) -> bytes:
-    """A safetensors header, base64 of a zstd frame; its size is checked before it is unpacked."""
+def _frame(value: Any) -> bytes:
     try:
         frame = base64.b64decode(fields.string(value), validate=True)
-        size = zstandard.frame_content_size(frame)
-        if not 0 <= size <= MAX_HEADER_BYTES + 8:
-            raise fields.WrongField(f"a header of at most {MAX_HEADER_BYTES:,} bytes")
-        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
+        zstandard.frame_content_size(frame)
     except (binascii.Error, zstandard.ZstdError) as error:
         raise fields.WrongField(f"base64 of a zstd frame ({error})") from error
+    return frame
+
+
+def _header(value: Any) -> bytes:
+    """A safetensors header, base64 of a zstd frame; its size is checked before it is unpacked."""
+    frame = _frame(value)
+    size = zstandard.frame_content_size(frame)
+    if not 0 <= size <= MAX_HEADER_BYTES + 8:
+        raise fields.WrongField(f"a header of at most {MAX_HEADER_BYTES:,} bytes")
+    try:
+        return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
+    except zstandard.ZstdError as error:
+        raise fields.WrongField(f"a zstd frame ({error})") from error

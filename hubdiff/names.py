@@ -27,9 +27,6 @@ class Rename:
         """The name on the right, for a name of the left; other names stay as they are."""
         return self.right + name[len(self.left) :] if name.startswith(self.left) else name
 
-    def reversed(self) -> Rename:
-        return Rename(self.right, self.left)
-
 
 @dataclass(frozen=True)
 class Match:

@@ -11,6 +11,7 @@ from hubdiff.checkpoint import Checkpoint, Placed
 from hubdiff.configs import quantised
 from hubdiff.errors import CannotDiff, ShapeMismatch, VocabularyMismatch
 from hubdiff.names import Rename, differs_in_rows_only, match_names
+from hubdiff.safetensors_io import DTYPE_BITS
 
 FLOATS = frozenset({"BF16", "F16", "F32"})
 _FP8 = ("F8_", "F4", "F6_")
@@ -26,6 +27,11 @@ class Filters:
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, include: str | Iterable[str], exclude: str | Iterable[str]) -> Filters:
+        """From what a caller gives: one glob, or several."""
+        return cls(*((g,) if isinstance(g, str) else tuple(g) for g in (include, exclude)))
 
     def __bool__(self) -> bool:
         return bool(self.include or self.exclude)
@@ -85,6 +91,7 @@ def pair_models(
         )
         if filters.takes(pair.name):
             check_shapes(pair.name, placed, pair.base, "tuned model", "base")
+            _check_packing(pair)
             tensors[name] = pair
     if not tensors:
         raise CannotDiff(
@@ -114,6 +121,18 @@ def check_shapes(name: str, one: Placed, other: Placed | None, one_is: str, othe
         next_step="A delta only makes sense between models of one architecture and size; "
         "check the refs.",
     )
+
+
+def _check_packing(pair: TensorPair) -> None:
+    """Elements of less than a byte can only be compared with their like."""
+    if pair.base is None or pair.tuned.entry.dtype == pair.base.entry.dtype:
+        return
+    tuned, base = pair.tuned.entry.dtype, pair.base.entry.dtype
+    if min(DTYPE_BITS[tuned], DTYPE_BITS[base]) < 8:
+        raise CannotDiff(
+            f"{pair.name} is {tuned} in the tuned model and {base} in the base",
+            next_step="Check --base: both sides must be quantised the same way.",
+        )
 
 
 def _check_overlap(tuned: Checkpoint, base: Checkpoint, matched: int) -> None:
@@ -154,8 +173,3 @@ def _not_portable(tuned: Checkpoint, base: Checkpoint) -> str | None:
         if packed:
             return f"the {side} has {packed[0]} weights, which can't be added to"
     return None
-
-
-def embedding_of(names: Iterable[str]) -> str | None:
-    """The input embedding among tensor names."""
-    return next((name for name in names if name.endswith(EMBEDDINGS)), None)

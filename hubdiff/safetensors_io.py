@@ -134,14 +134,22 @@ def _read(reader: ByteReader, offset: int, length: int) -> bytes:
     return bytes(buffer)
 
 
+def first_repeated(names: Iterable[str]) -> str | None:
+    """The first name that was there before, in linear time."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
 def _parse_json(text: bytes, where: str) -> dict[str, Any]:
     def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+        twice = first_repeated(name for name, _ in pairs)
+        if twice is not None:
             raise _bad(where, f"the header names {twice!r} twice")
-        return result
+        return dict(pairs)
 
     if not text.startswith(b"{"):
         raise _bad(where, "the header is not a JSON object")

@@ -22,8 +22,9 @@ from hubdiff.encodings import SEGMENT
 from hubdiff.safetensors_io import DTYPE_BITS, Header, TensorEntry
 
 # Large enough that a range request is worth its round trip, small enough that a handful in flight
-# are nothing: 8 MiB = four segments of a 16-bit tensor.
-BLOCK_BYTES = 8 << 20
+# are nothing: 4 MiB = two segments of a 16-bit tensor.
+BLOCK_BYTES = 4 << 20
+MOST_WORKERS = 6
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -156,9 +157,9 @@ def _runs(ranges: list[Range]) -> Iterator[list[Range]]:
 
 
 def workers_for(*, remote: bool) -> int:
-    """Threads that read and compute. Waiting for a network costs no core, so it gets more."""
-    cores = min(os.cpu_count() or 1, 8)
-    return cores + 4 if remote else cores
+    """Threads that read and compute. Each holds about 35 MB, so there are few of them however many
+    cores there are: peak memory is a promise. Waiting for a network costs no core and gets more."""
+    return MOST_WORKERS if remote else min(os.cpu_count() or 1, MOST_WORKERS - 2)
 
 
 def run_ordered(

@@ -8,16 +8,19 @@ looked up at each use, so ``HF_ENDPOINT`` and ``HF_TOKEN`` may be set at any tim
 
 from __future__ import annotations
 
-from hubdiff.hub.client import endpoint, repo_exists, repo_facts, require_token
+# Not the network's: what transformers' configs raise. It lives in the Hub client's package.
+from huggingface_hub.errors import StrictDataclassError as BadConfigValue
+
+from hubdiff.hub.client import endpoint, repo_facts, require_token
 from hubdiff.hub.tree import HubTree
 from hubdiff.hub.upload import Commit, HubUpload
 
 __all__ = [
+    "BadConfigValue",
     "Commit",
     "HubTree",
     "HubUpload",
     "endpoint",
-    "repo_exists",
     "repo_facts",
     "require_token",
 ]

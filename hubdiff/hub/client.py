@@ -58,12 +58,6 @@ def require_token() -> None:
         retrying(lambda: api().whoami())
 
 
-def repo_exists(repo: str) -> bool:
-    """Whether the token in use sees this repo."""
-    with translated(subject(repo)):
-        return retrying(lambda: api().repo_exists(repo))
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars of the client's own: what is printed is the command line's business."""

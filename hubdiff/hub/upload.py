@@ -21,7 +21,7 @@ from hubdiff.files import FileInfo, safe_path
 from hubdiff.hub.client import api, model_info, quiet, subject
 from hubdiff.hub.retry import retrying
 from hubdiff.hub.translate import translated
-from hubdiff.hub.tree import damaged, list_files, no_file
+from hubdiff.hub.tree import HubTree, damaged, list_files, no_file
 from hubdiff.refs import ModelRef, PinnedRef
 
 # The Hub keeps no file over 10 MB inside the commit itself, so any file it may ask for again at
@@ -66,6 +66,11 @@ class HubUpload:
     def existing_files(self) -> dict[str, FileInfo]:
         """What the repo holds at the parent commit."""
         return list_files(self._parent)
+
+    def read(self, path: str) -> bytes:
+        """A small file of the repo, as it is at the parent commit."""
+        pinned = ModelRef(repo=self.repo, revision=self._parent.commit, path=None)
+        return HubTree(pinned).read_bytes(path)
 
     def add(self, path: str, local: Path) -> None:
         """Add a file from disk; when this returns, ``local`` is no longer needed."""

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 from hubdiff.checkpoint import Checkpoint
 from hubdiff.delta import Delta
-from hubdiff.hashing import tensor_hash
-from hubdiff.manifest import TensorRecord
+from hubdiff.hashing import hash_bytes, tensor_hash
+from hubdiff.manifest import PROBE_BYTES, TensorRecord
 
 # A tensor costs one request on the Hub; sixteen spread over the model tell any two models apart.
 REMOTE_PROBES = 16
-PROBE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,14 @@ def _missing_side_file(delta: Delta, target: Checkpoint) -> str | None:
     """A file that the rebuild would take from the base and the target does not have."""
     listed = target.tree.files()
     for file in delta.manifest.tuned_files:
-        if file.source == "base":
-            info = listed.get(file.path)
-            if info is None or info.size != file.size or info.sha256 not in (None, file.sha256):
-                return file.path
+        if file.source != "base":
+            continue
+        info = listed.get(file.path)
+        if info is None or info.size != file.size:
+            return file.path
+        # A small file has no listed sha256, and one of equal size may still be another.
+        if (info.sha256 or hash_bytes(target.tree.read_bytes(file.path))) != file.sha256:
+            return file.path
     return None
 
 

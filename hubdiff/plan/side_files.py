@@ -14,6 +14,10 @@ from hubdiff.plan.types import CARD, WholeFile, require_file
 from hubdiff.sidecars import LeftOut, result_sidecars
 
 
+# Files that map tokens to rows, in the formats that carry the whole map.
+TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
+
+
 @dataclass
 class SideFiles:
     """Reads the small files it has to compare or merge; everything else is only planned."""
@@ -35,6 +39,7 @@ class SideFiles:
             {path: self._content(path, tuned.get(path), base.get(path)) for path in target},
             weights=self.target.shards,
         )
+        self._note_other_tokenizer(base)
         for side in plan.files:
             if side.source == "merged":
                 files.append(self._merged(side.path))
@@ -56,6 +61,17 @@ class SideFiles:
                 )
         self.left_out.extend(item for item in plan.left_out if item.path != CARD)
         return files
+
+    def _note_other_tokenizer(self, base: dict[str, FileRecord]) -> None:
+        """Δ of an embedding is added row by row: say so where rows may stand for other tokens."""
+        for path in TOKENIZERS:
+            if path not in base or path not in self.target.tree.files():
+                continue
+            if self._content(path, base[path]) != base[path].sha256:
+                self.notes.append(
+                    f"{path} of the target is not the base's: check that the same rows stand for "
+                    "the same tokens in both"
+                )
 
     def _content(self, path: str, *others: FileRecord | None) -> str:
         """The sha256 of a target's file. One of a size that no other side has is not read to learn

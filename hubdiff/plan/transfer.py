@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hubdiff.checkpoint import INDEX, Checkpoint, Placed
 from hubdiff.configs import quantised, tied
 from hubdiff.delta import Delta
-from hubdiff.errors import NamesMismatch, NotPortable
+from hubdiff.errors import CannotApply, NamesMismatch, NotPortable
 from hubdiff.manifest import TensorRecord
 from hubdiff.names import Match, Rename, match_names
 from hubdiff.pair import EMBEDDINGS, FLOATS, HEADS, Filters, check_shapes
@@ -50,6 +50,11 @@ class Transfer:
                 f"the weights of {self.target.tree.pin} are quantised ({method}); Δ can't be added "
                 "to them",
                 next_step="Give the unquantised version of that model.",
+            )
+        if not any(self.filters.takes(record.name) for record in self.delta.manifest.tensors):
+            raise CannotApply(
+                f"no tensor of {self.delta.tree.pin} passes --include/--exclude",
+                next_step="Check the globs against the tensor names (hubdiff inspect --json).",
             )
         match = self._match()
         steps = self._steps(match)
@@ -235,7 +240,7 @@ class Transfer:
             index["weight_map"].update({name: self._home(name, last) for name in added})
             sizes = {name: p.entry.nbytes for name, p in self.target.tensors.items()}
             sizes |= {name: tensor_bytes(r.dtype, r.shape) for name, r in added.items()}
-            index.setdefault("metadata", {})["total_size"] = sum(sizes.values())
+            index["metadata"] = {**(index.get("metadata") or {}), "total_size": sum(sizes.values())}
             data = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
         return [WholeFile(INDEX, len(data), "made", data=data)]
 

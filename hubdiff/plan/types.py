@@ -122,7 +122,7 @@ class MergePlan:
     def peak_memory(self) -> int:
         """An upper estimate in bytes: torch and Python, and the blocks in flight, each with what is
         read, decoded and written."""
-        runtime, per_block = 300 << 20, 5 * BLOCK_BYTES
+        runtime, per_block = 300 << 20, 8 * BLOCK_BYTES
         return runtime + (workers_for(remote=self.remote) + 2) * per_block
 
     def _steps(self) -> Iterator[Step]:

@@ -17,7 +17,7 @@ from hubdiff.devhub import DevHub
 from hubdiff.errors import HubdiffError
 from hubdiff.facts import facts
 from hubdiff.files import FileInfo, LocalReader, open_tree
-from hubdiff.hub import HubTree, repo_exists, retry
+from hubdiff.hub import HubTree, retry
 from hubdiff.refs import ModelRef
 
 PutRepo = Callable[..., str]
@@ -270,11 +270,6 @@ def test_facts_of_a_repo_are_those_of_its_card(put_repo: PutRepo, devhub: DevHub
 def test_facts_of_a_repo_without_a_card(put_repo: PutRepo) -> None:
     found = facts(tree_of(put_repo(FILES)))
     assert (found.licence, found.base_model, found.gated) == (None, (), False)
-
-
-def test_repo_exists(put_repo: PutRepo) -> None:
-    assert repo_exists(put_repo(FILES))
-    assert not repo_exists("org/nothing-there")
 
 
 def refused(repo: str, path: str = "model.safetensors") -> HubdiffError:
