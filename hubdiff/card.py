@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hubdiff import markdown
 from hubdiff._version import __version__
-from hubdiff.lineage import Side, licence_note, strictest
+from hubdiff.lineage import HUB_LICENCES, Side, licence_note, strictest
 from hubdiff.summary import Summary, percent, size_text, summarise
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def delta_card(
         _Parent("tuned model", tuned, tuned_card or {}),
         _Parent("master of the tuned model", master or {}),
     ]
-    title = repo or name or "delta"
+    title, filters = repo or name or "delta", manifest.get("filters")
     metadata = {
         **_licence(parents),
         **_task(tuned_card),
@@ -78,7 +78,10 @@ def delta_card(
         master=master,
         portable=manifest.get("portable") is not False,
         not_portable_reason=manifest.get("not_portable_reason"),
-        shell=_shell(_here(repo, name), _ref(base)),
+        partial=bool(filters),
+        include=(filters or {}).get("include") or (),
+        exclude=(filters or {}).get("exclude") or (),
+        shell=_shell(_here(repo, name), _ref(base), "./result" if filters else "./restored"),
         python=f"import hubdiff\n\nmodel = hubdiff.load({_here(repo, name)!r}, {_ref(base)!r})",
         numbers=[*_numbers(summarise(manifest)), *(measurements or {}).items()],
         picture=picture,
@@ -183,9 +186,9 @@ def _ref(side: Mapping[str, Any]) -> str:
     return f"{side['repo']}@{side['commit']}" if side.get("commit") else str(side["repo"])
 
 
-def _shell(delta: str, base: str) -> str:
+def _shell(delta: str, base: str, output: str) -> str:
     delta, base = (shlex.quote(markdown.one_line(ref)) for ref in (delta, base))
-    return f"pip install hubdiff\nhubdiff apply {delta} --to {base} --output ./restored"
+    return f"pip install hubdiff\nhubdiff apply {delta} --to {base} --output {output}"
 
 
 @dataclass(frozen=True)
@@ -209,21 +212,25 @@ def _sides(parents: Sequence[_Parent]) -> list[Side]:
 
 
 def _licence(parents: Sequence[_Parent]) -> dict[str, Any]:
-    """The strictest licence, with its name and link when it is one the Hub has no id for."""
+    """The strictest licence. One the Hub has no id for is ``other`` there, with name and link."""
     strict = strictest(side.licence for side in _sides(parents))
-    said: dict[str, Any] = {"license": markdown.one_line(strict)}
-    named = [
-        parent
-        for parent in parents
-        if parent.model.get("licence") == strict == "other"
-        and isinstance(parent.card.get("license_name"), str)
-    ]
-    if named:
-        said["license_name"] = markdown.one_line(named[0].card["license_name"])
-        link = _absolute(named[0].card.get("license_link"), named[0].model)
-        if link is not None:
-            said["license_link"] = link
-    return said
+    if strict.lower() in HUB_LICENCES - {"other"}:
+        return {"license": strict.lower()}
+    if strict != "other":
+        return {"license": "other", **_licence_name(strict)}
+    for parent in parents:
+        name = parent.card.get("license_name")
+        if parent.model.get("licence") == strict and isinstance(name, str):
+            link = _absolute(parent.card.get("license_link"), parent.model)
+            linked = {"license_link": link} if link is not None else {}
+            return {"license": strict, **_licence_name(name), **linked}
+    return {"license": strict}
+
+
+def _licence_name(text: str) -> dict[str, str]:
+    """The Hub takes names of small letters, digits, dots and dashes."""
+    name = re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+    return {"license_name": name} if name else {}
 
 
 def _absolute(link: object, model: Mapping[str, Any]) -> str | None:

@@ -153,6 +153,8 @@ def _weight_map(tree: FileTree) -> dict[str, str]:
         # A shard is a plain name beside the index: anything else could leave the folder.
         if not isinstance(file, str) or "/" in file or "\\" in file or file in ("", ".", ".."):
             raise _bad_index(tree, f"puts {name!r} in {file!r}, which is not a file name")
+        if not file.endswith(".safetensors"):
+            raise _bad_index(tree, f"puts {name!r} in {file}, which is no .safetensors file")
         if file not in listed:
             raise _bad_index(tree, f"puts {name!r} in {file}, which is not there")
     return weight_map

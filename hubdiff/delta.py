@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from hubdiff.checkpoint import MANIFEST, Checkpoint, Placed
 from hubdiff.encodings import ENCODINGS, SEGMENT
 from hubdiff.encodings.payload import index_bytes
-from hubdiff.errors import BadManifest, CorruptPayload, NotADelta
+from hubdiff.errors import BadManifest, CorruptPayload, DeltaError, NotADelta
 from hubdiff.files import FileTree, open_tree
 from hubdiff.manifest import GROUPS, Manifest, TensorRecord, parse_manifest
 from hubdiff.payloads import DAMAGED, Index, PlacedPart, SpanBytes, SpanPayload
@@ -161,10 +161,19 @@ class Delta:
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """Δ of one tensor in float32 (the sum of ``hi`` and ``lo``, rounded once), in the tensor's
-        shape; an added tensor as it is, in its own dtype. The whole tensor is held in memory."""
+        shape; an added tensor as it is, in its own dtype. One that did not change is all -0.0,
+        which leaves the bits of any number it is added to. The whole tensor is held in memory.
+        Raises ``DeltaError`` for a name the delta does not have, ``NotPortable`` for one without a
+        Δ."""
         from hubdiff.dense import dense_tensor
 
-        return dense_tensor(self, self.records[name])
+        record = self.records.get(name)
+        if record is None:
+            raise DeltaError(
+                f"{self.tree.pin} has no tensor {name!r}",
+                next_step="keys() lists the tensors that changed or were added.",
+            )
+        return dense_tensor(self, record)
 
     def close(self) -> None:
         self._stack.close()

@@ -7,6 +7,7 @@ import torch
 
 from hubdiff import numerics
 from hubdiff.delta import Delta
+from hubdiff.errors import NotPortable
 from hubdiff.hashing import StreamHash
 from hubdiff.manifest import Part, TensorRecord
 from hubdiff.payloads import Layers, PayloadHashes, SpanBytes, decode_segments, difference_of
@@ -45,7 +46,10 @@ def _segment(parts: list[Part], layers: Layers, count: int, dtype: str) -> np.nd
 
 
 def dense_tensor(delta: Delta, record: TensorRecord) -> torch.Tensor:
-    """Δ of a tensor in float32, or an added tensor in its own dtype."""
+    """Δ of a tensor in float32, or an added tensor in its own dtype. Raises ``NotPortable`` for one
+    whose change is no number to add."""
+    if not record.portable:
+        return _unmoved(delta, record)
     dtype = record.dtype if record.added else "F32"
     entry = TensorEntry(
         record.name, record.dtype, record.shape, 0, tensor_bytes(record.dtype, record.shape)
@@ -59,6 +63,17 @@ def dense_tensor(delta: Delta, record: TensorRecord) -> torch.Tensor:
         pieces.append(dense_span(span, payloads, dtype, where))
     units = torch.from_numpy(np.concatenate(pieces).view(f"<i{unit_bytes(dtype)}"))
     return units.view(numerics.torch_dtype(dtype)).reshape(record.shape)
+
+
+def _unmoved(delta: Delta, record: TensorRecord) -> torch.Tensor:
+    """Δ of a tensor that has none: it did not change, or its full-precision master did not."""
+    if record.parts and delta.manifest.master is None:
+        raise NotPortable(
+            f"{delta.tree.pin}: tensor {record.name!r} is stored for the own base only, it has no "
+            "difference in numbers",
+            next_step="hubdiff apply to the delta's own base gives the tuned tensor.",
+        )
+    return torch.full(record.shape, numerics.UNCHANGED)
 
 
 class DenseWriter:

@@ -1,17 +1,21 @@
 """What a repo says about itself: licence, gating, the base model its card names.
 
 Taken from the Hub for a Hub repo, from the YAML header of README.md for a folder; the same type
-either way. A card is written by its owner: what it says is carried over, never trusted to be right.
+either way. A card is written by its owner: what it says is carried over, never trusted to be right,
+and a card that can't be read says nothing.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from hubdiff.errors import CheckpointError
 from hubdiff.files import FileTree
+from hubdiff.progress import Progress
 
 CARD = "README.md"
 _HEADER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -20,7 +24,8 @@ _HEADER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\
 @dataclass(frozen=True)
 class RepoFacts:
     """``licence`` as the card names it ("other" has its name in ``card_data["license_name"]``);
-    ``base_model`` as the card lists it, in order; ``card_data`` is the whole header."""
+    ``base_model`` as the card lists it, in order; ``card_data`` is the whole header. ``problem``
+    says why the card could not be read, if so."""
 
     licence: str | None = None
     gated: bool = False
@@ -28,18 +33,43 @@ class RepoFacts:
     base_model: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     card_data: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+# A tree is pinned: what it says is asked for once.
+_KNOWN: WeakKeyDictionary[FileTree, RepoFacts] = WeakKeyDictionary()
 
 
 def facts(tree: FileTree) -> RepoFacts:
-    """The facts of a repo at its pinned commit, or of a folder. Raises ``HubError``, or
-    ``CheckpointError`` for a card whose header is not YAML."""
-    if tree.pin.repo is not None:
-        from hubdiff.hub import repo_facts
+    """The facts of a repo at its pinned commit, or of a folder. Raises ``HubError``."""
+    if tree not in _KNOWN:
+        _KNOWN[tree] = _ask(tree)
+    return _KNOWN[tree]
 
-        return repo_facts(tree.pin)
-    if CARD not in tree.files():
+
+def _ask(tree: FileTree) -> RepoFacts:
+    if tree.pin.repo is None:
+        return facts_in(tree, CARD)
+    from hubdiff.hub import repo_facts
+
+    return repo_facts(tree.pin)
+
+
+def facts_in(tree: FileTree, path: str) -> RepoFacts:
+    """The facts in a card that is a file of ``tree``; none where there is no such file."""
+    if path not in tree.files():
         return RepoFacts()
-    return facts_from(card_facts(tree.read_bytes(CARD).decode(errors="replace")))
+    try:
+        return facts_from(card_facts(tree.read_bytes(path).decode(errors="replace")))
+    except CheckpointError as error:
+        return RepoFacts(problem=f"{tree.pin}/{path} is left out of account: {error}")
+
+
+def note_problems(known: Iterable[RepoFacts], progress: Progress) -> None:
+    """Tell of the cards that could not be read: the work goes on without what they say."""
+    for one in known:
+        if one.problem is not None:
+            progress.note(one.problem)
 
 
 def facts_from(
@@ -61,7 +91,8 @@ def facts_from(
 
 
 def card_facts(text: str) -> dict[str, Any]:
-    """The YAML header of a card as a dict; empty when the card has none."""
+    """The YAML header of a card as a dict; empty when the card has none. Raises
+    ``CheckpointError``."""
     import yaml
 
     header = _HEADER.match(text)
@@ -69,7 +100,7 @@ def card_facts(text: str) -> dict[str, Any]:
         return {}
     try:
         data = yaml.safe_load(header.group(1))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *_UNREADABLE) as error:
         raise CheckpointError(
             f"the header of {CARD} is not YAML: {error}",
             next_step=f"Correct the lines between the two '---' of {CARD}, or remove them.",
@@ -77,8 +108,13 @@ def card_facts(text: str) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+# What PyYAML raises besides its own: for a value that is not of the type it is tagged with or looks
+# like (a 45th of the month), and for lists in lists without end.
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
 def _texts(value: object) -> tuple[str, ...]:
-    """Cards give one value or a list of them."""
-    if isinstance(value, (list, tuple)):
-        return tuple(str(item) for item in value)
-    return () if value is None else (str(value),)
+    """Cards give one value or a list of them. Anything deeper is not a text: written out, a few
+    aliases of aliases are gigabytes."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(str(item) for item in items if isinstance(item, (str, int, float)))

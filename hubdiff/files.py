@@ -12,6 +12,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path, PureWindowsPath
 from typing import Protocol
 
@@ -23,6 +24,12 @@ MAX_WHOLE_FILE = 256 << 20
 
 # What git, the Hub client and Python leave in a model's folder; no part of the model.
 _SKIPPED_FOLDERS = {".git", ".cache", "__pycache__"}
+
+# What a run of hubdiff leaves beside its output while it works, or after it was killed.
+_LEFTOVERS = (".*.hubdiff-partial", ".*.hubdiff-old", ".*.hubdiff-lock")
+
+# A folder with one of these is a delta or a result: of its own, where it lies inside a model.
+_DELTA, _RESULT = "hubdiff.json", "hubdiff-result.json"
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def safe_path(path: str) -> str:
 
 class LocalTree:
     """A folder. Links to files are followed (a snapshot in the Hub cache is made of them), links to
-    folders are not."""
+    folders are not. Deltas and results inside a model's folder are no part of it."""
 
     def __init__(self, ref: ModelRef) -> None:
         if ref.path is None or not ref.path.is_dir():
@@ -189,9 +196,16 @@ def read_whole(reader: ByteReader, path: str) -> bytes:
 
 
 def _walk(root: Path) -> Iterator[FileInfo]:
+    is_delta = (root / _DELTA).is_file()
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
+        inner = Path(folder) != root and not is_delta
+        if inner and (_DELTA in names or _RESULT in names):
+            subfolders.clear()
+            continue
+        subfolders[:] = sorted(name for name in subfolders if not _is_noise(name))
         for name in sorted(names):
+            if _is_leftover(name):
+                continue
             full = Path(folder, name)
             try:
                 status = full.stat()
@@ -204,3 +218,11 @@ def _walk(root: Path) -> Iterator[FileInfo]:
             if stat.S_ISREG(status.st_mode):
                 path = safe_path(full.relative_to(root).as_posix())
                 yield FileInfo(path=path, size=status.st_size)
+
+
+def _is_noise(folder: str) -> bool:
+    return folder in _SKIPPED_FOLDERS or _is_leftover(folder)
+
+
+def _is_leftover(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _LEFTOVERS)

@@ -121,6 +121,9 @@ class LayerWriter:
             for piece in self._pieces(shard[0].begin, shard[-1].begin + shard[-1].nbytes):
                 digest.update(piece)
                 size += file.write(piece)
+            file.flush()
+            # A folder that is published holds nothing that a power cut could still take.
+            os.fsync(file.fileno())
         return FileRecord(name, size, digest.hexdigest())
 
     def _pieces(self, begin: int, end: int) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ are a help for readers, not legal advice.
 from __future__ import annotations
 
 import configparser
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 class Provenance:
     """The checkout a model was made in: ``remote`` (without credentials; None when there is none
     that others can reach), ``commit`` (40 hex digits), and whether tracked files had changes that
-    were not committed. Untracked files don't count: the model itself is often one."""
+    were not committed (None: not known). Untracked files don't count: the model itself is often
+    one."""
 
     remote: str | None
     commit: str
-    dirty: bool
+    dirty: bool | None
 
 
 def code_provenance(folder: Path) -> Provenance | None:
@@ -40,17 +42,50 @@ def code_provenance(folder: Path) -> Provenance | None:
         return None
     try:
         with git.Repo(folder, search_parent_directories=True) as repo:
-            # A checkout may name a program to run on every status; reading must not run it, and
-            # must not refresh the index of a tree that others may be using.
-            repo.git.set_persistent_git_options(c="core.fsmonitor=false")
-            repo.git.update_environment(GIT_OPTIONAL_LOCKS="0")
+            _run_nothing(repo)
             return Provenance(
-                remote=_remote(repo),
-                commit=repo.head.commit.hexsha,
-                dirty=False if repo.bare else repo.is_dirty(untracked_files=False),
+                remote=_remote(repo), commit=repo.head.commit.hexsha, dirty=_dirty(repo)
             )
     except (git.GitError, configparser.Error, ValueError, OSError):  # ValueError: no commit yet
         return None
+
+
+# Settings of a checkout by which git, or git-lfs as the user's own filter, runs a program on files.
+_FILTERS = r"^(filter\..*\.(clean|process)|lfs\.extension\..*)$"
+
+
+def _run_nothing(repo: Repo) -> None:
+    """A checkout may name programs to run on every status, and for objects it lacks. Reading must
+    run none, and must not refresh the index of a tree that others may be using."""
+    repo.git.set_persistent_git_options(c=["core.fsmonitor=false", f"core.hooksPath={os.devnull}"])
+    repo.git.update_environment(GIT_OPTIONAL_LOCKS="0", GIT_ALLOW_PROTOCOL="none")
+
+
+def _dirty(repo: Repo) -> bool | None:
+    """Whether tracked files differ from the commit. Comparing them goes through the filters of the
+    checkout, which are programs: where it brings its own, the answer stays unknown. Submodules have
+    a configuration of their own, so only the commits they are at are compared."""
+    if repo.bare:
+        return False
+    if _brings_filters(repo):
+        return None
+    changes = repo.git.status(
+        "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty", "--no-renames"
+    )
+    return bool(changes)
+
+
+def _brings_filters(repo: Repo) -> bool:
+    """Whether the checkout's own configuration names a filter. The user's own is trusted."""
+    import git
+
+    try:
+        found = repo.git.config("--show-scope", "--name-only", "--get-regexp", _FILTERS)
+    except git.GitCommandError as error:
+        if error.status == 1:  # git config's way to say that there are none
+            return False
+        raise
+    return any(line.startswith(("local", "worktree")) for line in found.splitlines())
 
 
 def _remote(repo: Repo) -> str | None:
@@ -102,6 +137,21 @@ _ORDER = (
     *("gemma", "llama*", "other"),
     UNKNOWN,
 )
+
+# What a card on the Hub may say for ``license``; any other id makes it refuse the card.
+_HUB_IDS = """
+afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m
+bigscience-bloom-rail-1.0 bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear
+bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0
+cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0
+cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0
+creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2
+fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc
+lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit
+mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown
+unlicense wtfpl zlib
+"""
+HUB_LICENCES = frozenset(_HUB_IDS.split())
 
 
 def strictest(licences: Iterable[str | None]) -> str:

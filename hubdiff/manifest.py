@@ -267,6 +267,9 @@ def _check_names(manifest: Manifest, root: fields.Fields) -> None:
     for file in manifest.tuned_files:
         if file.source == "weights" and "/" in file.path:
             raise root.bad("tuned.files", f"the weights file {file.path!r} is not at the root")
+        # With another ending one could take the place of the result's card or config.
+        if file.source == "weights" and not file.path.endswith(".safetensors"):
+            raise root.bad("tuned.files", f"the weights file {file.path!r} is no .safetensors")
     if len({file.path for file in manifest.tuned_files}) != len(manifest.tuned_files):
         raise root.bad("tuned.files", "names a path twice")
 

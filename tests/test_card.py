@@ -181,6 +181,54 @@ def test_other_licences_keep_name_and_link(link: str | None, expected: str | Non
     assert found.get("license_link") == expected
 
 
+@pytest.mark.parametrize(
+    ("licence", "expected"),
+    [
+        ("My Own Terms (v2)!", {"license": "other", "license_name": "my-own-terms-v2"}),
+        ("mit-0", {"license": "other", "license_name": "mit-0"}),
+        ("Apache-2.0", {"license": "apache-2.0"}),
+        ("???", {"license": "other"}),
+        ("llama3.3", {"license": "llama3.3"}),
+    ],
+)
+def test_only_a_licence_the_hub_lists_is_stated_by_its_id(
+    licence: str, expected: dict[str, str]
+) -> None:
+    """The Hub refuses any other, and with it a push that took hours."""
+    sides = {name: {"repo": None, "licence": licence, "name": "mine"} for name in ("base", "tuned")}
+    found = metadata(str(delta_card(changed(MANIFEST, **sides), repo="me/delta")))
+    assert {key: found[key] for key in found if key.startswith("license")} == expected
+    record = changed(RECORD, target=sides["base"], **sides)
+    found = metadata(str(result_card(record, repo="me/result")))
+    assert {key: found[key] for key in found if key.startswith("license")} == expected
+
+
+@pytest.mark.parametrize("portable", [True, False])
+def test_a_part_of_a_tune_does_not_promise_the_whole(portable: bool) -> None:
+    filters = {"include": ["*.mlp.*", "a`b"], "exclude": ["*.norm.*"]}
+    manifest = changed(MANIFEST, filters=filters, portable=portable)
+    content = delta_card(manifest, repo="me/delta").content
+    for promise in ("tuned model again, every bit", "writes the tuned repo back", "./restored"):
+        assert promise not in content
+        assert promise in delta_card(MANIFEST, repo="me/delta").content
+    assert "--include `*.mlp.*`, ``a`b``" in content
+    assert "--exclude `*.norm.*`" in content
+    assert "can't give the tuned model again" in content
+
+
+def test_changes_in_the_checkout_may_be_unknown() -> None:
+    provenance = {**MANIFEST["provenance"], "dirty": None}
+    assert "not known" in delta_card(changed(MANIFEST, provenance=provenance), repo="me/d").text
+    assert "not known" not in delta_card(MANIFEST, repo="me/d").text
+
+
+def test_a_result_claims_no_more_than_was_done() -> None:
+    text = result_card(RECORD, repo="me/result").text
+    assert "exact difference" not in text
+    assert "the target has none" not in text
+    assert "both the tune and the target changed:" not in text
+
+
 def test_a_delta_for_its_own_base_only_says_so() -> None:
     manifest = changed(MANIFEST, portable=False, not_portable_reason="fp8 weights")
     text = delta_card(manifest, repo="me/delta").text
@@ -220,7 +268,7 @@ def test_result_metadata_and_body() -> None:
         "| `config.json` | merged | both \\| changed it |",
         "- rope_theta: target value kept",
         "| `a.gguf` | another copy of the weights (GGUF) |",
-        "target has none: `score.weight`",
+        "Tensors taken whole from the delta, which has no difference for them: `score.weight`",
         "kept: `lm_head.weight`",
         "The target and the base of the delta are gated",
     ):

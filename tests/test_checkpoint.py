@@ -98,6 +98,12 @@ def test_a_model_of_no_config_opens(tmp_path: Path) -> None:
 Spoil = Callable[[Path], object]
 
 
+def shard_named_as_the_card(folder: Path) -> None:
+    (folder / SHARD_1).rename(folder / "README.md")
+    text = (folder / INDEX).read_text()
+    (folder / INDEX).write_text(text.replace(SHARD_1, "README.md"))
+
+
 def edit_index(change: Callable[[dict[str, str]], object]) -> Spoil:
     def spoil(folder: Path) -> None:
         index = json.loads((folder / INDEX).read_bytes())
@@ -118,6 +124,7 @@ BAD_INDEX: dict[str, tuple[Spoil, str]] = {
     "leaves it by a backslash": (edit_index(lambda m: m.update(a="..\\x.safetensors")), "not a f"),
     "a folder": (edit_index(lambda m: m.update(a="..")), "not a file name"),
     "a number": (edit_index(lambda m: m.update(a=3)), "not a file name"),  # type: ignore[arg-type]
+    "the card": (shard_named_as_the_card, "README.md, which is no .safetensors"),
     "nothing": (edit_index(lambda m: m.clear()), "no weight_map"),
     "a list": (lambda f: (f / INDEX).write_text('{"weight_map": []}'), "no weight_map"),
 }

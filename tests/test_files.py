@@ -38,6 +38,32 @@ def test_lists_the_model_and_not_what_tools_left_beside_it(tmp_path: Path) -> No
     }
 
 
+def test_what_a_killed_run_left_is_no_part_of_the_model(tmp_path: Path) -> None:
+    write(tmp_path / "config.json", b"{}")
+    for noise in (
+        ".res.hubdiff-partial/.hubdiff-journal.jsonl",
+        ".res.hubdiff-old/config.json",
+        ".res.hubdiff-lock",
+    ):
+        write(tmp_path / noise, b"noise")
+    assert set(tree_of(tmp_path).files()) == {"config.json"}
+
+
+@pytest.mark.parametrize("marker", ["hubdiff.json", "hubdiff-result.json"])
+def test_a_delta_or_result_inside_a_model_is_no_part_of_it(tmp_path: Path, marker: str) -> None:
+    write(tmp_path / "config.json", b"{}")
+    for path in (marker, "tuned/config.json", "README.md"):
+        write(tmp_path / "made" / path, b"{}")
+    assert set(tree_of(tmp_path).files()) == {"config.json"}
+
+
+def test_a_delta_lists_all_that_it_carries(tmp_path: Path) -> None:
+    paths = {"hubdiff.json", "tuned/config.json", "tuned/inner/hubdiff.json"}
+    for path in paths:
+        write(tmp_path / path, b"{}")
+    assert set(tree_of(tmp_path).files()) == paths
+
+
 def test_links_to_files_are_followed_and_links_to_folders_are_not(tmp_path: Path) -> None:
     blob = write(tmp_path / "blobs" / "abc", b"weights")
     snapshot = tmp_path / "snapshot"

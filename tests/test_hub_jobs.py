@@ -204,7 +204,93 @@ def test_a_second_result_replaces_the_first(
     assert listing(devhub, name) == listing(devhub, family.tuned_repo)
 
 
+def test_a_result_without_a_file_of_the_first_deletes_it(
+    devhub: DevHub, family: Family, delta_repo: str, put_repo: PutRepo
+) -> None:
+    """What the first result's record lists goes; what its owner put there stays."""
+    name = f"{delta_repo}-result"
+    apply(delta_repo, family.target_repo, push_to=name)
+    put_repo({"notes.txt": b"mine"}, name)
+    before = listing(devhub, name)
+    assert "chat_template.jinja" in before
+    push_delta(family.target_repo, delta_repo, base=family.base_repo)
+    apply(delta_repo, family.base_repo, push_to=name)
+    after = listing(devhub, name)
+    assert after.pop("notes.txt") == before["notes.txt"]
+    assert after == listing(devhub, family.target_repo)
+
+
+def test_a_damaged_record_of_an_earlier_result_does_no_harm(
+    devhub: DevHub, family: Family, delta_repo: str, put_repo: PutRepo
+) -> None:
+    record = b'{"files": [1, {"path": 2}, {"path": "old.json"}], "side_files": "x"}'
+    for data in (record, b"{", b"[]"):
+        name = put_repo({"hubdiff-result.json": data, "old.json": b"1", "mine.txt": b"1"})
+        apply(delta_repo, family.base_repo, push_to=name)
+        assert ("old.json" in listing(devhub, name)) == (data != record)
+        assert "mine.txt" in listing(devhub, name)
+
+
 # --- refusals ---
+
+
+@pytest.mark.parametrize("weights", ["model.gguf", "model.pt", "model.onnx", "flax_model.msgpack"])
+def test_a_foreign_model_of_any_format_is_not_replaced(
+    devhub: DevHub, family: Family, delta_repo: str, put_repo: PutRepo, weights: str
+) -> None:
+    theirs = put_repo({weights: b"\0" * 100, "README.md": b"# mine"})
+    before = on_hub.head(devhub, theirs)
+    for job in (
+        lambda: apply(delta_repo, family.target_repo, push_to=theirs),
+        lambda: push_delta(family.tuned_repo, theirs, base=family.base_repo),
+    ):
+        with pytest.raises(errors.OutputExists, match=weights):
+            job()
+    assert on_hub.head(devhub, theirs) == before
+
+
+def test_a_repo_with_nothing_but_a_card_is_filled(
+    devhub: DevHub, family: Family, put_repo: PutRepo
+) -> None:
+    name = put_repo({"README.md": b"# to come"})
+    push_delta(family.tuned_repo, name, base=family.base_repo)
+    assert "hubdiff.json" in listing(devhub, name)
+
+
+def _files(devhub: DevHub, repo: str, revision: str | None = None) -> set[str]:
+    return set(on_hub.api(devhub).list_repo_files(repo, revision=revision))
+
+
+@pytest.mark.parametrize("how", ["force", "pr"])
+def test_a_delta_over_a_model_leaves_no_hybrid(
+    devhub: DevHub, family: Family, delta_repo: str, put_repo: PutRepo, how: str
+) -> None:
+    model = put_repo({"model.safetensors": b"\0" * 100, "config.json": b"{}"})
+    pushed = push_delta(family.tuned_repo, model, base=family.base_repo, **{how: True})
+    revision = "refs/pr/1" if how == "pr" else None
+    assert _files(devhub, model, revision) == _files(devhub, delta_repo)
+    assert pushed.where == model
+
+
+@pytest.mark.parametrize("how", ["force", "pr"])
+def test_a_result_over_a_delta_leaves_no_hybrid(
+    devhub: DevHub, family: Family, delta_repo: str, put_repo: PutRepo, how: str
+) -> None:
+    other = put_repo({"hubdiff.json": b"{}", "delta-x": b"1", "tuned/config.json": b"{}"})
+    apply(delta_repo, family.base_repo, push_to=other, **{how: True})
+    revision = "refs/pr/1" if how == "pr" else None
+    made = _files(devhub, other, revision) - {"hubdiff-result.json", ".gitattributes"}
+    assert made == set(listing(devhub, family.tuned_repo))
+
+
+def test_a_result_as_a_pull_request_on_a_model_keeps_its_other_files(
+    devhub: DevHub, family: Family, delta_repo: str, put_repo: PutRepo
+) -> None:
+    model = put_repo({"model.gguf": b"\0" * 100, "old.safetensors": b"1"})
+    apply(delta_repo, family.base_repo, push_to=model, pr=True)
+    made = _files(devhub, model, "refs/pr/1")
+    assert "model.gguf" in made
+    assert "old.safetensors" not in made
 
 
 def test_a_foreign_model_is_not_replaced(

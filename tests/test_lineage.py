@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import models
 import pytest
 
+import hubdiff
 from hubdiff.lineage import Provenance, Side, code_provenance, licence_note, public_url, strictest
 
 
@@ -93,11 +96,76 @@ def test_a_checkout_can_not_make_us_run_its_programs(checkout: Path, tmp_path: P
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("key", ["filter.X.y.clean", "filter.X.y.process"])
+def test_a_checkout_can_not_make_us_run_its_filters(
+    checkout: Path, tmp_path: Path, key: str
+) -> None:
+    trap, trace = tmp_path / "trap", tmp_path / "trace"
+    trap.write_text(f"#!/bin/sh\ntouch '{trace}'\ncat\n")
+    trap.chmod(0o755)
+    (checkout / ".git" / "info" / "attributes").write_text("*.py filter=X.y\n")
+    (checkout / "train.py").write_text("steps = 2\n")
+    run_git(checkout, "config", key, str(trap))
+    run_git(checkout, "status")
+    assert trace.exists(), "the trap must work for the test to mean anything"
+    trace.unlink()
+    provenance = code_provenance(checkout)
+    assert provenance is not None
+    assert provenance.dirty is None
+    assert not trace.exists()
+
+
+def test_nor_a_submodule(checkout: Path, tmp_path: Path) -> None:
+    """A submodule's configuration lies in the same .git folder, and git reads it by itself."""
+    trap, trace = tmp_path / "trap", tmp_path / "trace"
+    trap.write_text(f"#!/bin/sh\ntouch '{trace}'\ncat\n")
+    trap.chmod(0o755)
+    allowed = ("-c", "protocol.file.allow=always")
+    run_git(checkout, *allowed, "submodule", "add", str(checkout), "part")
+    run_git(checkout, "commit", "-m", "part")
+    part = checkout / "part"
+    run_git(part, "config", "filter.x.clean", str(trap))
+    (checkout / ".git" / "modules" / "part" / "info" / "attributes").write_text("* filter=x\n")
+    (part / "train.py").write_text("steps = 2\n")
+    run_git(checkout, "status")
+    assert trace.exists(), "the trap must work for the test to mean anything"
+    trace.unlink()
+    assert code_provenance(checkout) is not None
+    assert not trace.exists()
+
+
+def test_the_users_own_filter_leaves_the_answer_known(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "gitconfig"
+    own.write_text('[filter "lfs"]\n\tclean = cat\n')
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(own))
+    provenance = code_provenance(checkout)
+    assert provenance is not None
+    assert provenance.dirty is False
+
+
 def test_without_git_there_is_no_provenance(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "git", None)
     assert code_provenance(checkout) is None
+
+
+def test_a_result_pins_what_it_was_made_from_by_content(tmp_path: Path) -> None:
+    """A folder has a name only, and the name stays when the content changes."""
+    base = models.save(tmp_path / "base", models.weights())
+    tuned = models.save(tmp_path / "tuned", models.moved(models.weights()))
+    target = models.save(tmp_path / "target", models.weights(seed=7))
+    delta = tmp_path / "delta"
+    hubdiff.push_delta(tuned, delta, base=base)
+    hubdiff.apply(delta, target, output=tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "hubdiff-result.json").read_text())
+    assert record["delta"]["manifest_sha256"] == models.hashes(delta)["hubdiff.json"]
+    size = (target / "model.safetensors").stat().st_size
+    assert [(file["path"], file["size"]) for file in record["target"]["files"]] == [
+        ("model.safetensors", size)
+    ]
 
 
 @pytest.mark.parametrize(

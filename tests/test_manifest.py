@@ -251,6 +251,11 @@ def test_weights_in_a_folder_are_refused(document: Document) -> None:
     refused(document, "not at the root")
 
 
+def test_weights_under_the_name_of_another_file_are_refused(document: Document) -> None:
+    document["tuned"]["files"][0]["path"] = "README.md"
+    refused(document, "'README.md' is no .safetensors")
+
+
 @pytest.mark.parametrize("field", ["name", "tuned_name"])
 def test_a_tensor_twice_is_refused(document: Document, field: str) -> None:
     document["tensors"][1][field] = document["tensors"][0]["name"]

@@ -123,7 +123,8 @@ def _side(side: Side) -> str:
 def _code(provenance: dict[str, object] | None) -> str | None:
     if provenance is None:
         return None
-    dirty = ", with uncommitted changes" if provenance.get("dirty") else ""
+    states = {True: ", with uncommitted changes", None: ", perhaps with uncommitted changes"}
+    dirty = states.get(provenance.get("dirty"), "")
     return f"{provenance.get('remote') or 'a local repo'}@{provenance.get('commit')}{dirty}"
 
 

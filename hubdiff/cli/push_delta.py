@@ -58,14 +58,21 @@ def command(session: Session, tuned: str, repo: str, **options: Any) -> None:
 
     from hubdiff.jobs.push import push_delta
 
-    stopped = f"Stopped. Nothing was published at {repo}, nothing is left behind."
-    with session.working(if_stopped=stopped) as progress:
+    with session.working(if_stopped=_if_stopped(repo)) as progress:
         pushed = push_delta(tuned, repo, **options, progress=progress)
         for note in _notes(pushed.manifest) if pushed.manifest else ():
             progress.note(note)
         if options["pr"] and not pushed.dry_run and pushed.pr_url is None:
             progress.note(f"{pushed.where} {shared.NO_PR}")
     session.show(pushed.as_json(), lambda page: _draw(page, pushed))
+
+
+def _if_stopped(repo: str) -> str:
+    said = f"Stopped. Nothing was published at {repo}"
+    if ModelRef.parse(repo).path is not None:
+        return f"{said}, nothing is left behind."
+    # It is made at the start, where no right to make one is said before the work.
+    return f"{said}; a repo that is new stays there, empty."
 
 
 def _notes(manifest: Manifest) -> list[str]:

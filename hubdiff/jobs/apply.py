@@ -9,21 +9,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hubdiff._version import __version__
 from hubdiff.card import result_card
 from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint
 from hubdiff.delta import Delta, open_delta_tree
 from hubdiff.errors import CannotApply, RefError, WrongBase
-from hubdiff.facts import card_facts, facts
+from hubdiff.facts import RepoFacts, facts, facts_in, note_problems
 from hubdiff.files import FileTree, open_tree
+from hubdiff.hashing import hash_bytes
 from hubdiff.manifest import FileRecord
 from hubdiff.pair import Filters
 from hubdiff.plan import CARD, OWN_BASE, MergePlan, make_plan
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
-from hubdiff.writer import RESULT, Sink, open_sink
+from hubdiff.writer import RESULT, Sink, open_sink, output_folder
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +68,8 @@ def apply(
     push_to: str | None = None,
     scale: float = 1.0,
     device: str = "auto",
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     private: bool = False,
     pr: bool = False,
     force: bool = False,
@@ -97,7 +98,7 @@ def apply(
     began = time.monotonic()
     _check_scale(scale)
     destination = _destination(output, push_to)
-    filters = Filters(tuple(include), tuple(exclude))
+    filters = Filters.of(include, exclude)
     # A dry run reads no weights: it must not fill the cache with them either.
     with _opened(delta, to, cache and not dry_run) as (opened, target):
         plan = make_plan(opened, target, scale=scale, filters=filters)
@@ -128,7 +129,7 @@ def _destination(output: str | Path | None, push_to: str | None) -> ModelRef:
             "one place for the result is needed", next_step="Give --output DIR or --push-to REPO."
         )
     if output is not None:
-        return ModelRef(repo=None, revision=None, path=Path(output).expanduser())
+        return output_folder(output)
     assert push_to is not None
     ref = ModelRef.parse(push_to)
     if ref.repo is None:
@@ -147,6 +148,22 @@ def _opened(delta: str | Path, to: str | Path, cache: bool) -> Iterator[tuple[De
             yield opened, target
 
 
+class Cards(NamedTuple):
+    """What the cards of the two models say that a result's own card draws on."""
+
+    tuned: dict[str, Any]
+    target: dict[str, Any]
+
+
+def _read_cards(plan: MergePlan, progress: Progress) -> Cards:
+    """Read before the work: what they can't tell must not cost it."""
+    target, tuned = facts(plan.target.tree), RepoFacts()
+    if plan.case != OWN_BASE:  # there the tuned card comes back as it is
+        tuned = facts_in(plan.delta.tree, f"tuned/{CARD}")
+    note_problems([tuned, target], progress)
+    return Cards(tuned.card_data, target.card_data)
+
+
 @dataclass(frozen=True)
 class _Apply:
     destination: ModelRef
@@ -163,17 +180,19 @@ class _Apply:
 
         progress = self.progress or Silent()
         progress.note(plan.reason)
+        cards = _read_cards(plan, progress)
         device = choose_device(self.device)
         with open_sink(
             self.destination,
             RESULT,
+            reads=(plan.delta.tree, plan.target.tree),
             run=_run_name(plan, self.filters),
             force=self.force,
             private=self.private,
             pr=self.pr,
         ) as sink:
             files = merge.run(plan, sink, device, progress)
-            files += self._describe(plan, sink, files)
+            files += self._describe(plan, sink, files, cards)
             published = sink.publish(_message(plan))
         return Applied(
             plan.as_json(),
@@ -185,7 +204,9 @@ class _Apply:
             pr_url=published.pr_url,
         )
 
-    def _describe(self, plan: MergePlan, sink: Sink, files: list[FileRecord]) -> list[FileRecord]:
+    def _describe(
+        self, plan: MergePlan, sink: Sink, files: list[FileRecord], cards: Cards
+    ) -> list[FileRecord]:
         """The record, and a card unless the tuned repo's own README came back."""
         record = self._record(plan, files)
         described = [sink.put(RECORD, (json.dumps(record, indent=2) + "\n").encode())]
@@ -194,8 +215,8 @@ class _Apply:
                 record,
                 repo=self.destination.repo,
                 name=self.destination.path.name if self.destination.path else None,
-                tuned_card=_tuned_card(plan.delta),
-                target_card=facts(plan.target.tree).card_data,
+                tuned_card=cards.tuned,
+                target_card=cards.target,
             )
             described.append(sink.put(CARD, str(card).encode()))
         return described
@@ -209,11 +230,15 @@ class _Apply:
             "reason": plan.reason,
             "scale": plan.scale,
             "filters": asdict(self.filters) if self.filters else None,
-            "delta": _identity(plan.delta.tree),
+            "delta": {
+                **_identity(plan.delta.tree),
+                "manifest_sha256": hash_bytes(plan.delta.tree.read_bytes(MANIFEST)),
+            },
             "target": {
                 **_identity(plan.target.tree),
                 "licence": target.licence,
                 "gated": target.gated,
+                "files": [_content(plan.target.tree, path) for path in plan.target.shards],
             },
             "base": _without_files(asdict(manifest.base)),
             "tuned": _without_files(asdict(manifest.tuned)),
@@ -296,12 +321,11 @@ def _identity(tree: FileTree) -> dict[str, Any]:
     return {"name": name, "repo": pin.repo, "revision": pin.ref.revision, "commit": pin.commit}
 
 
+def _content(tree: FileTree, path: str) -> dict[str, Any]:
+    """A file by size, and by sha256 where one is listed: a folder's weights are not read for it."""
+    info = tree.files()[path]
+    return {"path": path, "size": info.size, "sha256": info.sha256}
+
+
 def _without_files(side: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in side.items() if k not in ("files", "side_files")}
-
-
-def _tuned_card(delta: Delta) -> dict[str, Any]:
-    path = "tuned/README.md"
-    if path not in delta.tree.files():
-        return {}
-    return card_facts(delta.tree.read_bytes(path).decode(errors="replace"))

@@ -14,9 +14,9 @@ from typing import Any
 from hubdiff._version import __version__
 from hubdiff.card import PICTURE, delta_card
 from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint
-from hubdiff.errors import CannotDiff
+from hubdiff.errors import CannotDiff, RefError
 from hubdiff.extract import Extracted, extract
-from hubdiff.facts import facts
+from hubdiff.facts import facts, note_problems
 from hubdiff.files import FileTree, open_tree
 from hubdiff.hashing import check_hash, hash_bytes
 from hubdiff.lineage import code_provenance
@@ -85,8 +85,8 @@ def push_delta(
     base: str | Path | None = None,
     plain: bool = False,
     tuned_master: str | Path | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
+    include: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     private: bool = False,
     pr: bool = False,
     force: bool = False,
@@ -127,11 +127,15 @@ def push_delta(
         )
         assert one is not None
         assert other is not None
-        pair = pair_models(one, other, master, Filters(tuple(include), tuple(exclude)))
+        pair = pair_models(one, other, master, Filters.of(include, exclude))
         plan = _plan(pair, destination, dry_run)
         if dry_run:
             return plan
-        with open_sink(destination, DELTA, force=force, private=private, pr=pr) as sink:
+        reads = [checkpoint.tree for checkpoint in (one, other, master) if checkpoint]
+        note_problems([facts(tree) for tree in reads], progress)
+        with open_sink(
+            destination, DELTA, reads=reads, force=force, private=private, pr=pr
+        ) as sink:
             push = _Push(pair, sink, destination, progress)
             manifest = push.run(plain)
             published = sink.publish(f"Delta of {_name(one.tree)} over {_name(other.tree)}")
@@ -159,11 +163,26 @@ def _plan(pair: Pair, destination: ModelRef, dry_run: bool) -> Pushed:
 
 
 def _base_from_card(tuned: FileTree) -> ModelRef:
-    named = facts(tuned).base_model
+    known = facts(tuned)
+    named = known.base_model
     if len(named) == 1:
-        return ModelRef.parse(named[0])
+        return _repo_named(named[0], tuned)
     found = f"names {len(named)} base models" if named else "names no base_model"
-    raise CannotDiff(f"the card of {tuned.pin} {found}", next_step="Say which one with --base.")
+    raise CannotDiff(
+        known.problem or f"the card of {tuned.pin} {found}",
+        next_step="Say which one with --base.",
+    )
+
+
+def _repo_named(text: str, tuned: FileTree) -> ModelRef:
+    """A repo that a card names. It may be a stranger's card: it chooses no folder of this disk."""
+    try:
+        return ModelRef.parse(text if text.startswith("hf://") else f"hf://{text}")
+    except RefError as error:
+        raise CannotDiff(
+            f"the card of {tuned.pin} names the base model {text!r}, which is no repo",
+            next_step="Say which one with --base.",
+        ) from error
 
 
 def _name(tree: FileTree) -> str:
@@ -254,7 +273,9 @@ class _Push:
             removed=pair.removed,
             layers=extracted.layers,
             side_files=tuple(
-                record for record in self.files if record.path.startswith(("tuned/", "base/"))
+                record
+                for record in self.files
+                if record.path.startswith(("tuned/", "base/")) or record.path == DELTA_INDEX
             ),
             rename=pair.rename,
             aliases=_aliases(extracted.tensors),
@@ -321,7 +342,8 @@ def _aliases(records: Sequence[TensorRecord]) -> dict[str, str]:
 
 
 def _index(extracted: Extracted) -> bytes:
-    total = sum(file.size for file in extracted.layers["delta"])
+    parts = (record.part("delta") for record in extracted.tensors)
+    total = sum(part.bytes for part in parts if part)
     index = {"metadata": {"total_size": total}, "weight_map": extracted.weight_map}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 

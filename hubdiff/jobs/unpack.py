@@ -14,7 +14,7 @@ from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.safetensors_io import Header, build_header, parse_header, tensor_bytes
 from hubdiff.stream import blocks, run_ordered, workers_for
-from hubdiff.writer import DELTA, Sink, open_sink
+from hubdiff.writer import DELTA, Sink, open_sink, output_folder
 
 FILE = "delta.safetensors"
 
@@ -44,7 +44,7 @@ def unpack(
     """Write Δ of every changed tensor, and every added tensor, as ``delta.safetensors`` in the
     folder ``output``: dense, under the base's tensor names, in bf16, fp16 or fp32. Raises
     ``HubdiffError``."""
-    destination = ModelRef(repo=None, revision=None, path=Path(output).expanduser())
+    destination = output_folder(output)
     with open_delta_tree(open_tree(ModelRef.parse(delta), cache=cache)) as opened:
         records = {r.name: r for r in opened.manifest.tensors if r.portable}
         if not records:
@@ -53,7 +53,7 @@ def unpack(
                 f"{opened.tree.pin} has no Δ to unpack: {reason}",
                 next_step="Apply it to its own base instead.",
             )
-        with open_sink(destination, DELTA, force=force) as sink:
+        with open_sink(destination, DELTA, reads=(opened.tree,), force=force) as sink:
             record = _write(opened, records, sink, progress or Silent())
             where = sink.publish("unpacked").where
         total = len(opened.manifest.tensors)

@@ -13,7 +13,6 @@ from hubdiff.manifest import FileRecord
 from hubdiff.plan.types import CARD, WholeFile, require_file
 from hubdiff.sidecars import LeftOut, result_sidecars
 
-
 # Files that map tokens to rows, in the formats that carry the whole map.
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
 

@@ -3,23 +3,26 @@ it would be loaded.
 
 A folder is filled as ``.NAME.hubdiff-partial`` beside it and renamed when it is whole. A journal in
 it names the files that are finished; a run that was killed goes on after them, once it has hashed
-them again. A repo gets its files one by one, large ones stored as soon as they are written, and one
-commit at the end.
+them again. A lock keeps two runs from filling the same folder. A repo gets its files one by one,
+large ones stored as soon as they are written, and one commit at the end.
 """
 
 from __future__ import annotations
 
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from hubdiff.files import FileTree
 from hubdiff.refs import ModelRef
 from hubdiff.writer.folder import FolderSink
 from hubdiff.writer.hub import HubSink
+from hubdiff.writer.lock import only_run
 from hubdiff.writer.nowhere import Nowhere
 from hubdiff.writer.output import OutputFile, disk_errors, write_all
+from hubdiff.writer.place import output_folder, refuse_place
 from hubdiff.writer.sink import DELTA, RESULT, Kind, Published, Sink
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "Sink",
     "disk_errors",
     "open_sink",
+    "output_folder",
     "write_all",
 ]
 
@@ -43,22 +47,35 @@ def open_sink(
     destination: ModelRef,
     kind: Kind,
     *,
+    reads: Sequence[FileTree] = (),
     run: str | None = None,
     force: bool = False,
     private: bool = False,
     pr: bool = False,
 ) -> Iterator[Sink]:
-    """The sink for a folder or a repo. ``run`` names work that may be resumed: what a killed run of
-    the same name left finished is used. ``force`` replaces what stands there and is not of this
-    kind. Raises ``OutputExists``."""
+    """The sink for a folder or a repo. ``reads`` are what the work reads: their folders stay.
+    ``run`` names work that may be resumed: what a killed run of the same name left finished is
+    used. ``force`` replaces what stands there and is not of this kind. Raises ``OutputExists``."""
     if destination.path is not None:
-        folder = FolderSink(destination.path, run or uuid.uuid4().hex, force=force)
-        try:
-            yield folder
-        finally:
-            if run is None:
-                folder.discard()
+        folders = [tree.pin.path for tree in reads if tree.pin.path is not None]
+        with _folder_sink(destination.path.absolute(), run, folders, force) as sink:
+            yield sink
         return
     assert destination.repo is not None
     with tempfile.TemporaryDirectory(prefix="hubdiff-") as staging:
         yield HubSink(destination, kind, Path(staging), force=force, private=private, pr=pr)
+
+
+@contextmanager
+def _folder_sink(
+    folder: Path, run: str | None, reads: Sequence[Path], force: bool
+) -> Iterator[FolderSink]:
+    # Before the lock too, so that a place that is refused is not even touched.
+    refuse_place(folder, reads, force=force)
+    with only_run(folder):
+        sink = FolderSink(folder, run or uuid.uuid4().hex, reads, force=force)
+        try:
+            yield sink
+        finally:
+            if run is None:
+                sink.discard()

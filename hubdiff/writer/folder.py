@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from hubdiff.errors import OutputError, OutputExists
+from hubdiff.errors import OutputError
 from hubdiff.files import LocalReader, safe_path
 from hubdiff.hashing import hash_bytes, hash_reader
 from hubdiff.manifest import FileRecord
 from hubdiff.refs import PinnedRef
 from hubdiff.writer.output import OutputFile, disk_errors
+from hubdiff.writer.place import refuse_place
 from hubdiff.writer.sink import Published
 
 JOURNAL = ".hubdiff-journal.jsonl"
@@ -22,26 +24,22 @@ JOURNAL = ".hubdiff-journal.jsonl"
 
 class FolderSink:
     """A folder that appears whole or not at all. ``run`` identifies what is being written:
-    leftovers of another run are discarded."""
+    leftovers of another run are discarded. ``reads`` are folders that no ``force`` may replace. Use
+    it inside ``only_run``."""
 
-    def __init__(self, folder: Path, run: str, *, force: bool = False) -> None:
+    def __init__(
+        self, folder: Path, run: str, reads: Sequence[Path] = (), *, force: bool = False
+    ) -> None:
         self.folder = folder.absolute()
-        self._force = force
-        self._refuse_existing()
+        self._reads, self._force = reads, force
+        self._refuse_place()
         self.staging = self.folder.parent / f".{self.folder.name}.hubdiff-partial"
         self._journal = self.staging / JOURNAL
-        self._finished = self._resume(run)
+        with disk_errors(self.staging):
+            self._finished = self._resume(run)
 
-    def _refuse_existing(self) -> None:
-        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
-            raise OutputExists(
-                f"{self.folder} exists and is not a folder", next_step="Choose another place."
-            )
-        if not self._force and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise OutputExists(
-                f"{self.folder} exists and is not empty",
-                next_step="Choose another place, or replace what is there with --force.",
-            )
+    def _refuse_place(self) -> None:
+        refuse_place(self.folder, self._reads, force=self._force)
 
     def _resume(self, run: str) -> dict[str, FileRecord]:
         """What a killed run of the same name left finished."""
@@ -49,9 +47,8 @@ class FolderSink:
         text = self._journal.read_text(errors="replace") if self._journal.is_file() else ""
         lines = text.splitlines()
         if not lines or lines[0] != head:
-            with disk_errors(self.staging):
-                shutil.rmtree(self.staging, ignore_errors=True)
-                self.staging.mkdir(parents=True)
+            shutil.rmtree(self.staging, ignore_errors=True)
+            self.staging.mkdir(parents=True)
             try:
                 self._log(head)
             except OutputError:
@@ -87,6 +84,7 @@ class FolderSink:
 
     def finish(self, record: FileRecord) -> None:
         self._log(json.dumps(asdict(record)))
+        self._finished[record.path] = record
 
     def put(self, path: str, data: bytes) -> FileRecord:
         output = self.open(path, len(data))
@@ -104,6 +102,8 @@ class FolderSink:
 
     def publish(self, message: str) -> Published:
         """Give the folder its name. Everything in it is on the disk by now."""
+        self._refuse_place()  # again: hours may have passed
+        self._check_whole()
         with disk_errors(self.folder):
             self._journal.unlink()
             _sync_folders(self.staging)
@@ -113,6 +113,18 @@ class FolderSink:
                 os.rename(self.staging, self.folder)
             _sync(self.folder.parent)
         return Published(str(self.folder))
+
+    def _check_whole(self) -> None:
+        for record in self._finished.values():
+            file = self.staging / safe_path(record.path)
+            with disk_errors(file):
+                size = file.stat().st_size
+            if size != record.size:
+                raise OutputError(
+                    f"{file} has {size} bytes, {record.size} were written: something else changed "
+                    "it",
+                    next_step="See that nothing else writes there and run it again.",
+                )
 
     def _replace(self) -> None:
         old = self.folder.parent / f".{self.folder.name}.hubdiff-old"

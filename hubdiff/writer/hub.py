@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,7 +13,11 @@ from hubdiff.hashing import hash_bytes
 from hubdiff.manifest import FileRecord
 from hubdiff.refs import ModelRef, PinnedRef
 from hubdiff.writer.output import OutputFile
-from hubdiff.writer.sink import Kind, Published
+from hubdiff.writer.sink import DELTA, RESULT, Kind, Published
+
+# What the Hub itself puts into a new repo, or its web page offers to.
+_GIT_ATTRIBUTES = ".gitattributes"
+_CARD = "README.md"
 
 
 class HubSink:
@@ -39,19 +45,35 @@ class HubSink:
         )
         self._existing = self._upload.existing_files()
         self._paths: set[str] = set()
-        if not (force or pr):
-            self._refuse_other_kind(destination)
+        foreign = self._other_kind()
+        if foreign and not (force or pr):
+            self._refuse(destination)
+        # One repo that is both a model and a delta would be neither.
+        mixture = foreign and (kind is DELTA or DELTA.marker in self._existing)
+        self._replace_all = force or mixture
+        self._earlier = self._earlier_files()
 
-    def _refuse_other_kind(self, destination: ModelRef) -> None:
+    def _other_kind(self) -> bool:
+        """Whether the repo holds anything that this kind of upload did not make."""
+        if self._kind.marker in self._existing:
+            return self._kind is RESULT and DELTA.marker in self._existing
+        return bool(set(self._existing) - {_GIT_ATTRIBUTES, _CARD})
+
+    def _refuse(self, destination: ModelRef) -> None:
         """Don't let a mistyped name replace somebody's model."""
-        weights = [path for path in self._existing if path.endswith((".safetensors", ".bin"))]
-        if weights and self._kind.marker not in self._existing:
-            raise OutputExists(
-                f"{destination} holds {weights[0]} and is not a {self._kind.name} that hubdiff "
-                "made",
-                next_step="Choose another repo, open a pull request with --pr, or replace it with "
-                "--force.",
-            )
+        files = [info for info in self._existing.values() if info.path != _GIT_ATTRIBUTES]
+        largest = max(files, key=lambda info: info.size)
+        raise OutputExists(
+            f"{destination} holds {largest.path} and is not a {self._kind.name} that hubdiff made",
+            next_step="Choose another repo, open a pull request with --pr, or replace all that it "
+            "holds with --force.",
+        )
+
+    def _earlier_files(self) -> set[str]:
+        """The files of the result that stands there, as far as its record lists them."""
+        if self._kind is not RESULT or RESULT.marker not in self._existing:
+            return set()
+        return {_CARD, *_listed(self._upload.read(RESULT.marker))}
 
     def done(self, path: str) -> FileRecord | None:
         return None
@@ -81,8 +103,27 @@ class HubSink:
         """Commit. What an earlier version had and this one lacks is deleted in the same commit, so
         that the repo never holds a mixture."""
         for path in self._existing:
-            owned = any(fnmatchcase(path, glob) for glob in self._kind.owned)
-            if owned and path not in self._paths:
+            if path not in self._paths and self._goes(path):
                 self._upload.delete(path)
         done = self._upload.commit(message)
         return Published(self._upload.repo, done.url, done.oid, done.pr_url)
+
+    def _goes(self, path: str) -> bool:
+        if path == _GIT_ATTRIBUTES:
+            return False
+        owned = any(fnmatchcase(path, glob) for glob in self._kind.owned)
+        return self._replace_all or owned or path in self._earlier
+
+
+def _listed(record: bytes) -> Iterator[str]:
+    """The paths in the record of a result. Anybody may have edited it: what is not understood is
+    passed over."""
+    try:
+        document = json.loads(record)
+    except (ValueError, RecursionError):
+        return
+    for key in ("files", "side_files"):
+        entries = document.get(key) if isinstance(document, dict) else None
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, dict) and isinstance(entry.get("path"), str):
+                yield entry["path"]

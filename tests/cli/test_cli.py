@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 
 from hubdiff._version import __version__
 from hubdiff.cli import COMMANDS
+from hubdiff.devhub import DevHub
 from tests import models
 from tests.cli.running import ROOT, Family, Said, finished, spawn
 
@@ -179,8 +181,8 @@ main()
 """
 
 
-def _interrupted(*arguments: str) -> Said:
-    process = spawn(*arguments, python=("-c", SLOWED))
+def _interrupted(*arguments: str, sink: str = "FolderSink") -> Said:
+    process = spawn(*arguments, python=("-c", SLOWED.replace("FolderSink", sink)))
     assert process.stderr is not None
     for line in process.stderr:
         if "one file is finished" in line:
@@ -223,3 +225,14 @@ def test_an_interrupted_push_leaves_nothing(family: Family, tmp_path: Path) -> N
     assert "Stopped. Nothing was published" in said.err
     assert json.loads(said.out)["error"]["type"] == "Stopped"
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_push_to_the_hub_says_what_stays(
+    devhub: DevHub, family: Family, new_name: Callable[[], str]
+) -> None:
+    repo = new_name()
+    said = _interrupted("push-delta", family.tuned, repo, "--base", family.base, sink="HubSink")
+    assert said.code == 130
+    assert f"Nothing was published at {repo}; a repo that is new stays there, empty." in said.err
+    files = HfApi(endpoint=devhub.url, token=devhub.token()).list_repo_files(repo)
+    assert set(files) <= {".gitattributes"}

@@ -124,6 +124,7 @@ def test_apply_force_replaces(hubdiff: Run, family: Family, tmp_path: Path) -> N
     output = tmp_path / "out"
     output.mkdir()
     (output / "mine.txt").write_text("keep me")
+    (output / "model.safetensors").write_bytes(b"an older model")
     arguments = ("apply", family.delta, "--to", family.base, "--output", str(output))
     refused = hubdiff(*arguments)
     assert refused.code == 1
