@@ -64,7 +64,7 @@ def command(session: Session, delta: str, **options: Any) -> None:
     from hubdiff.jobs.apply import apply
 
     stopped = (
-        f"Stopped. Nothing was published at {push_to}."
+        f"Stopped. Nothing was published at {push_to}; a repo that is new stays there, empty."
         if output is None
         else f"Stopped. {output} is as it was; run the same command again to go on from here."
     )

@@ -123,9 +123,11 @@ def _side(side: Side) -> str:
 def _code(provenance: dict[str, object] | None) -> str | None:
     if provenance is None:
         return None
-    states = {True: ", with uncommitted changes", None: ", perhaps with uncommitted changes"}
-    dirty = states.get(provenance.get("dirty"), "")
-    return f"{provenance.get('remote') or 'a local repo'}@{provenance.get('commit')}{dirty}"
+    dirty = provenance.get("dirty")
+    state = ", with uncommitted changes" if dirty else ""
+    if dirty is None:
+        state = ", perhaps with uncommitted changes"
+    return f"{provenance.get('remote') or 'a local repo'}@{provenance.get('commit')}{state}"
 
 
 def _portable(reason: str | None) -> str:

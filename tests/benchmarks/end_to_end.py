@@ -5,7 +5,7 @@
 Each job runs in a process of its own; its peak resident memory is the kernel's count (Linux).
 "copy" reads the target and writes it again in 8 MiB pieces: what disk and page cache allow. The
 weights are drawn: base N(0, 0.02), tuned = base + N(0, 6.5e-5), which leaves 45 % of the elements
-unchanged as an SFT at a learning rate near 2e-5 does, target = base + N(0, 2e-3). Needs four times
+unchanged, target = base + N(0, 2e-3). Needs four times
 the model's size on disk. Medians over --runs runs; seeds are fixed.
 """
 
