@@ -8,7 +8,7 @@ from pathlib import Path
 
 import models
 import pytest
-from conftest import PutRepo
+from on_hub import PutRepo
 
 import hubdiff
 from hubdiff.devhub import DevHub
