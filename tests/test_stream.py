@@ -75,6 +75,17 @@ def test_results_come_in_order_and_few_at_a_time() -> None:
     assert most <= 3 + 2
 
 
+def test_several_reads_are_in_flight() -> None:
+    """Each waits for the others: with fewer at a time the barrier would break."""
+    together = threading.Barrier(workers_for(remote=True), timeout=20)
+    run_ordered(
+        range(2 * together.parties),
+        lambda job: together.wait(),
+        lambda job, result: None,
+        workers_for(remote=True),
+    )
+
+
 def test_the_first_error_stops_the_work() -> None:
     begun: list[int] = []
 
