@@ -76,7 +76,7 @@ def _unmoved(delta: Delta, record: TensorRecord) -> torch.Tensor:
     return torch.full(record.shape, numerics.UNCHANGED)
 
 
-class DenseWriter:
+class DenseFile:
     """Writes the dense Δ of every record under ``header``, block by block."""
 
     def __init__(

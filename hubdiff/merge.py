@@ -75,10 +75,10 @@ def _whole(plan: MergePlan, file: WholeFile, sink: Sink) -> FileRecord | None:
     tree = plan.target.tree if file.origin == "target" else plan.delta.tree
     listed = tree.files()[file.source].sha256
     # Small files are not copied by the Hub itself: they come this way and are checked.
-    if listed and sink.copies_from(tree.pin):
+    if listed:
         check_hash(listed, file.sha256, f"{tree.pin}/{file.source}")
-        sink.copy(file.path, tree.pin, file.source)
-        return None
+        if sink.copy(file.path, tree.pin, file.source):
+            return None
     finished = sink.done(file.path)
     if finished is not None and file.sha256 in (None, finished.sha256):
         return finished

@@ -74,13 +74,13 @@ def _header(records: dict[str, TensorRecord]) -> Header:
 def _write(
     delta: Delta, records: dict[str, TensorRecord], sink: Sink, progress: Progress
 ) -> FileRecord:
-    from hubdiff.dense import DenseWriter
+    from hubdiff.dense import DenseFile
 
     header = _header(records)
     output = sink.open(FILE, header.file_size)
     progress.start("unpacking", header.file_size)
     try:
-        writer = DenseWriter(delta, records, header, output, progress)
+        writer = DenseFile(delta, records, header, output, progress)
         workers = workers_for(remote=any(map(delta.tree.is_remote, delta.tree.files())))
         run_ordered(blocks(FILE, header), writer.make, writer.take, workers)
     finally:

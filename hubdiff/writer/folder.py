@@ -94,11 +94,8 @@ class FolderSink:
         self.finish(record)
         return record
 
-    def copies_from(self, pin: PinnedRef) -> bool:
-        return False
-
-    def copy(self, path: str, pin: PinnedRef, source: str) -> None:
-        raise NotImplementedError("a folder takes bytes")
+    def copy(self, path: str, pin: PinnedRef, source: str) -> bool:
+        return False  # a folder takes bytes
 
     def publish(self, message: str) -> Published:
         """Give the folder its name. Everything in it is on the disk by now."""

@@ -92,12 +92,12 @@ class HubSink:
         self._paths.add(path)
         return FileRecord(path, len(data), hash_bytes(data))
 
-    def copies_from(self, pin: PinnedRef) -> bool:
-        return pin.repo is not None
-
-    def copy(self, path: str, pin: PinnedRef, source: str) -> None:
+    def copy(self, path: str, pin: PinnedRef, source: str) -> bool:
+        if pin.repo is None:
+            return False
         self._upload.copy(path, pin, source)
         self._paths.add(path)
+        return True
 
     def publish(self, message: str) -> Published:
         """Commit. What an earlier version had and this one lacks is deleted in the same commit, so

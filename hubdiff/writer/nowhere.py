@@ -29,11 +29,8 @@ class Nowhere:
     def put(self, path: str, data: bytes) -> FileRecord:
         return FileRecord(path, len(data), hash_bytes(data))
 
-    def copies_from(self, pin: PinnedRef) -> bool:
-        return False
-
-    def copy(self, path: str, pin: PinnedRef, source: str) -> None:
-        raise NotImplementedError("nothing is copied to nowhere")
+    def copy(self, path: str, pin: PinnedRef, source: str) -> bool:
+        return False  # the bytes are what is checked
 
     def publish(self, message: str) -> Published:
         return Published("nowhere")

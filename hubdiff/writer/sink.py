@@ -56,10 +56,8 @@ class Sink(Protocol):
     def put(self, path: str, data: bytes) -> FileRecord:
         """A small file, whole."""
 
-    def copies_from(self, pin: PinnedRef) -> bool:
-        """Whether ``copy`` can take files from that place without their bytes passing here."""
-
-    def copy(self, path: str, pin: PinnedRef, source: str) -> None: ...
+    def copy(self, path: str, pin: PinnedRef, source: str) -> bool:
+        """Take a file from where it lies without its bytes passing here; False: not possible."""
 
     def publish(self, message: str) -> Published:
         """Make all of it visible at once."""
