@@ -14,6 +14,13 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 
 import pytest
+from hypothesis import settings
+
+# CI tries the same examples every time: what lands must not depend on luck. Run by hand, each run
+# tries new ones.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 # huggingface_hub reads these once, when it is imported: before anything else here.
 _HOME = tempfile.mkdtemp(prefix="hubdiff-tests-")

@@ -8,6 +8,7 @@ from pathlib import Path
 import models
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import hubdiff
 from hubdiff.errors import CannotApply, CannotDiff
@@ -39,6 +40,12 @@ def test_a_side_file_of_equal_size_is_told_from_the_base_s(made: Path) -> None:
     assert case(made) == "transfer"
     applied = hubdiff.apply(made / "delta", made / "base", output=made / "out")
     assert "generation_config.json" in applied.plan["reason"]
+
+
+def test_a_base_with_a_tensor_more_is_not_the_own_base(made: Path) -> None:
+    models.save(made / "more", models.weights() | {"value_head.weight": torch.ones(3)})
+    hubdiff.apply(made / "delta", made / "more", output=made / "out")
+    assert "value_head.weight" in load_file(made / "out/model.safetensors")
 
 
 def test_one_glob_may_be_given_as_a_string(made: Path) -> None:

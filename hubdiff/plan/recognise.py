@@ -33,6 +33,10 @@ def recognise(delta: Delta, target: Checkpoint) -> Verdict:
     if missing:
         return Verdict(False, True, f"it lacks {missing}, which the own base has")
     records = [record for record in delta.manifest.tensors if not record.added]
+    known = {record.name for record in records} | set(delta.manifest.removed)
+    foreign = next((name for name in target.tensors if name not in known), None)
+    if foreign is not None:  # a rebuild would drop it without a word
+        return Verdict(False, True, f"it has a tensor {foreign}, which the base has not")
     for record in records:
         placed = target.tensors.get(record.name)
         if placed is None:
