@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DeltaSpan = tuple[Span, "TensorRecord | None", tuple[str, ...]]
 
 
-@dataclass
+@dataclass(eq=False)
 class Delta:
     """An open delta. ``layer(group)`` gives a group's files as a checkpoint of payloads."""
 

@@ -13,18 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from hubdiff import numerics
-from hubdiff.errors import CorruptPayload, IntegrityError, WrongBase
+from hubdiff.combine import combine
+from hubdiff.delta import Delta
+from hubdiff.errors import IntegrityError, WrongBase
 from hubdiff.files import ByteReader
 from hubdiff.hashing import FileHashes, Lane, StreamHash, check_hash, hash_bytes, tensor_hash
-from hubdiff.manifest import FileRecord, Part, TensorRecord
-from hubdiff.payloads import (
-    Layers,
-    PayloadHashes,
-    SpanBytes,
-    decode_segments,
-    difference_of,
-)
+from hubdiff.manifest import FileRecord, TensorRecord
+from hubdiff.payloads import PayloadHashes, SpanBytes
 from hubdiff.plan import OWN_BASE, MergePlan, Step, WeightsFile, WholeFile
 from hubdiff.progress import Progress
 from hubdiff.stream import (
@@ -34,7 +29,6 @@ from hubdiff.stream import (
     read_ranges,
     run_ordered,
     span_range,
-    unit_dtype,
     workers_for,
 )
 from hubdiff.writer import OutputFile, Sink
@@ -141,13 +135,14 @@ def _weights(
 
 @dataclass(frozen=True)
 class _Made:
-    """One span of the result with all that went into it, for the checks."""
+    """One span of the result with all that went into it, for the checks. ``payloads`` stand in the
+    order of the step's terms."""
 
     span: Span
     step: Step
     result: memoryview
     source: memoryview | None
-    payloads: list[SpanBytes]
+    payloads: list[list[SpanBytes]]
 
 
 class _Maker:
@@ -157,75 +152,34 @@ class _Maker:
         self, plan: MergePlan, file: WeightsFile, output: OutputFile, device: torch.device
     ) -> None:
         self._plan, self._file, self._output, self._device = plan, file, output, device
-        self._delta = plan.delta
 
     def make(self, block: Block) -> list[_Made]:
         steps = [(span, self._file.steps[span.entry.name]) for span in block.spans]
         wanted = {span: span_range(span, s.source) for span, s in steps if s.source}
         sources = read_ranges(self._plan.target, wanted.values())
-        payloads = self._delta.read((span, step.record, step.groups) for span, step in steps)
+        payloads = _read_terms(steps)
         made = []
         for span, step in steps:
             source = sources[wanted[span]] if step.source else None
-            result = self._result(span, step, source, payloads[span])
+            result = combine(span, step, source, payloads[span], self._device)
             self._output.write_at(span.begin, result)
             made.append(_Made(span, step, result, source, payloads[span]))
         return made
 
-    def _result(
-        self, span: Span, step: Step, source: memoryview | None, payloads: list[SpanBytes]
-    ) -> memoryview:
-        given = None
-        if source is not None and step.source is not None:
-            if not payloads and step.source.entry.dtype == step.entry.dtype:
-                return source
-            given = np.frombuffer(source, unit_dtype(step.source.entry.dtype))
-        out = np.empty(span.units, unit_dtype(span.entry.dtype))
-        parts = [payload.where.part.part for payload in payloads]
-        for units, layers in decode_segments(span, payloads, str(self._delta.tree.pin)):
-            target = None if given is None else given[units]
-            out[units] = self._segment(step, target, parts, layers)
-        return out.view(np.uint8).data
 
-    def _segment(
-        self,
-        step: Step,
-        target: np.ndarray | None,
-        parts: list[Part],
-        layers: Layers,
-    ) -> np.ndarray:
-        """The bits of one segment of the result."""
-        if "raw" in layers:
-            raw = layers["raw"]
-            if raw is None and target is None:
-                raise CorruptPayload(f"{self._delta.tree.pin}: a segment has no bytes at all")
-            chosen = target if raw is None else raw
-            assert chosen is not None
-            return chosen
-        assert target is not None
-        assert step.source is not None
-        source_dtype, dtype = step.source.entry.dtype, step.entry.dtype
-        given = numerics.from_bits(target, source_dtype)
-        carrier = next((part for part in parts if {"hi", "lo"} & set(part.layers)), None)
-        delta = difference_of(carrier, layers) if carrier else None
-        if delta is not None:
-            result = self._add(given, delta, dtype)
-        else:
-            result = numerics.cast(given, numerics.DTYPES[dtype])
-        ulp = layers.get("ulp")
-        if ulp is not None:
-            zigzagged = torch.from_numpy(ulp.view(f"<i{ulp.itemsize}"))
-            result = numerics.correct(result, zigzagged)
-        return numerics.to_bits(result)
-
-    def _add(self, given: torch.Tensor, delta: numerics.Difference, dtype: str) -> torch.Tensor:
-        moved = numerics.Difference(
-            delta.hi.to(self._device), None if delta.lo is None else delta.lo.to(self._device)
-        )
-        result = numerics.add(
-            given.to(self._device), moved, self._plan.scale, numerics.DTYPES[dtype]
-        )
-        return result.cpu()
+def _read_terms(steps: list[tuple[Span, Step]]) -> dict[Span, list[list[SpanBytes]]]:
+    """What each term of each span has; every delta is asked once, for all of its spans."""
+    found: dict[Span, list[list[SpanBytes]]] = {span: [] for span, _ in steps}
+    for delta in dict.fromkeys(term.delta for _, step in steps for term in step.terms):
+        wanted = [
+            (span, term.record, term.groups)
+            for span, step in steps
+            for term in step.terms
+            if term.delta is delta
+        ]
+        for span, payloads in delta.read(wanted).items():
+            found[span].append(payloads)
+    return found
 
 
 class _Checker:
@@ -242,7 +196,7 @@ class _Checker:
         self._own_base = plan.case == OWN_BASE
         self._tensor: blake3 = tensor_hash()
         self._tensors: dict[str, str] = {}
-        self._payloads = PayloadHashes(str(plan.delta.tree.pin))
+        self._payloads: dict[Delta, PayloadHashes] = {}
         self._listed = {path for path, info in plan.target.tree.files().items() if info.sha256}
 
     def take(self, block: Block, made: list[_Made]) -> None:
@@ -251,8 +205,14 @@ class _Checker:
         for item in made:
             self._lanes[0].feed(self._result, item.span.begin, item.result)
             self._take_source(item)
-            self._payloads.take(item.span, item.payloads)
+            self._take_payloads(item)
         self._progress.advance(block.nbytes)
+
+    def _take_payloads(self, item: _Made) -> None:
+        for term, payloads in zip(item.step.terms, item.payloads, strict=True):
+            if term.delta not in self._payloads:
+                self._payloads[term.delta] = PayloadHashes(str(term.delta.tree.pin))
+            self._payloads[term.delta].take(item.span, payloads)
 
     def _take_source(self, item: _Made) -> None:
         if item.source is None or item.step.source is None:
@@ -265,8 +225,8 @@ class _Checker:
             name, digest = item.step.source.entry.name, self._tensor.hexdigest()
             self._tensors[name] = digest
             self._tensor = tensor_hash()
-            if self._own_base and item.step.record is not None:
-                self._check_base(item.step.record, digest)
+            if self._own_base:
+                self._check_base(item.step.terms[0].record, digest)
 
     def _check_base(self, record: TensorRecord, digest: str) -> None:
         if digest == record.base:

@@ -21,6 +21,7 @@ from hubdiff.plan.types import (
     TRANSFER,
     MergePlan,
     Step,
+    Term,
     WeightsFile,
     WholeFile,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "TRANSFER",
     "MergePlan",
     "Step",
+    "Term",
     "WeightsFile",
     "WholeFile",
     "make_plan",

@@ -7,7 +7,7 @@ from hubdiff.delta import Delta
 from hubdiff.errors import BadManifest
 from hubdiff.manifest import GROUPS, TensorRecord
 from hubdiff.plan.recognise import Verdict
-from hubdiff.plan.types import OWN_BASE, MergePlan, Step, WeightsFile, WholeFile, require_file
+from hubdiff.plan.types import OWN_BASE, MergePlan, Step, Term, WeightsFile, WholeFile, require_file
 from hubdiff.safetensors_io import TensorEntry, parse_header
 from hubdiff.sidecars import LeftOut
 
@@ -55,4 +55,4 @@ def _rebuild(
             next_step="The delta is damaged; ask its author to push it again.",
         )
     source = None if record.added else target.tensors[record.name]
-    return Step(entry, source, record, GROUPS)
+    return Step(entry, source, (Term(delta, record, GROUPS),))

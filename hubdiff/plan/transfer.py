@@ -19,6 +19,7 @@ from hubdiff.plan.types import (
     TRANSFER,
     MergePlan,
     Step,
+    Term,
     WeightsFile,
     WholeFile,
 )
@@ -116,13 +117,16 @@ class Transfer:
             placed = self.target.tensors[name]
             self._check_tensor(record, placed)
             if record.portable:
-                steps[name] = Step(placed.entry, placed, record, PORTABLE_GROUPS)
+                steps[name] = Step(placed.entry, placed, (self._term(record),))
             else:
                 self.notes.append(
                     f"{name} stays the target's: {record.dtype} is not added, only restored"
                 )
         self._follow_ties(match, steps)
         return steps
+
+    def _term(self, record: TensorRecord) -> Term:
+        return Term(self.delta, record, PORTABLE_GROUPS, self.scale)
 
     def _check_tensor(self, record: TensorRecord, placed: Placed) -> None:
         theirs = Placed("", TensorEntry(record.name, record.dtype, record.shape, 0, 0))
@@ -167,7 +171,7 @@ class Transfer:
             if embedding is None:
                 continue
             if tied(self.target.config):
-                steps[head] = Step(placed.entry, placed, embedding.record, PORTABLE_GROUPS)
+                steps[head] = Step(placed.entry, placed, embedding.terms)
                 self.notes.append(f"{head} repeats the tied embedding: it gets the same Δ")
             else:
                 self.notes.append(f"{head} stays the target's: the delta has a tied head")
@@ -221,10 +225,10 @@ class Transfer:
         result = {}
         for entry in header.tensors:
             if entry.name in added:
-                result[entry.name] = Step(entry, None, added[entry.name], PORTABLE_GROUPS)
+                result[entry.name] = Step(entry, None, (self._term(added[entry.name]),))
             elif entry.name in steps:
                 step = steps[entry.name]
-                result[entry.name] = Step(entry, step.source, step.record, step.groups)
+                result[entry.name] = Step(entry, step.source, step.terms)
             else:
                 result[entry.name] = Step(entry, self.target.tensors[entry.name])
         return result

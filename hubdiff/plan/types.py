@@ -9,7 +9,7 @@ from typing import Any
 from hubdiff.checkpoint import Checkpoint, Placed
 from hubdiff.delta import Delta
 from hubdiff.errors import BadManifest
-from hubdiff.manifest import TensorRecord
+from hubdiff.manifest import Part, TensorRecord
 from hubdiff.safetensors_io import Header, TensorEntry
 from hubdiff.sidecars import LeftOut
 from hubdiff.stream import BLOCK_BYTES, workers_for
@@ -20,24 +20,35 @@ CARD = "README.md"
 
 
 @dataclass(frozen=True)
+class Term:
+    """What one delta has for one tensor: the parts of ``record`` in ``groups``, times ``scale``."""
+
+    delta: Delta
+    record: TensorRecord
+    groups: tuple[str, ...]
+    scale: float = 1.0
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(part for part in self.record.parts if part.group in self.groups)
+
+
+@dataclass(frozen=True)
 class Step:
     """How one tensor of a result comes about: ``source`` (the target's tensor, None when all of it
-    comes from the delta) plus what ``record`` holds in ``groups``. No record: a plain copy."""
+    comes from the delta) plus its ``terms``. No terms, or none with a part: a plain copy."""
 
     entry: TensorEntry
     source: Placed | None
-    record: TensorRecord | None = None
-    groups: tuple[str, ...] = ()
+    terms: tuple[Term, ...] = ()
 
     @property
     def copies(self) -> bool:
-        return self.record is None or not any(self.record.part(group) for group in self.groups)
+        return not any(term.parts for term in self.terms)
 
     @property
     def delta_bytes(self) -> int:
-        if self.record is None:
-            return 0
-        return sum(part.bytes for part in self.record.parts if part.group in self.groups)
+        return sum(part.bytes for term in self.terms for part in term.parts)
 
 
 @dataclass(frozen=True)
@@ -100,10 +111,11 @@ class MergePlan:
             if step.source and self.target.tree.is_remote(step.source.file)
         )
         for step in self._steps():
-            for group in step.groups:
-                placed = step.record and self.delta.placed(step.record, group)
-                if placed and self.delta.tree.is_remote(placed.placed.file):
-                    total += placed.part.bytes
+            for term in step.terms:
+                for part in term.parts:
+                    placed = term.delta.placed(term.record, part.group)
+                    if placed and term.delta.tree.is_remote(placed.placed.file):
+                        total += part.bytes
         trees = {"target": self.target.tree, "delta": self.delta.tree}
         for file in self.files:
             if file.source and trees[file.origin].is_remote(file.source):
