@@ -6,9 +6,8 @@ Bytes in, bytes out; where they come from and what they must hash to is not know
 from __future__ import annotations
 
 import numpy as np
-import torch
 
-from hubdiff import numerics
+from hubdiff import kernels
 from hubdiff.errors import CorruptPayload
 from hubdiff.payloads import Layers, SpanBytes, decode_segments, difference_of
 from hubdiff.plan import Step, Term
@@ -20,7 +19,7 @@ def combine(
     step: Step,
     source: memoryview | None,
     payloads: list[list[SpanBytes]],
-    device: torch.device,
+    device: str,
 ) -> memoryview:
     """The bytes of ``span`` in the result. ``source`` are the target's bytes for it, ``payloads``
     what each term of ``step`` has for it. Raises ``CorruptPayload``."""
@@ -39,7 +38,7 @@ def combine(
 
 
 def _segment(
-    step: Step, term: Term, target: np.ndarray | None, layers: Layers, device: torch.device
+    step: Step, term: Term, target: np.ndarray | None, layers: Layers, device: str
 ) -> np.ndarray:
     """The bits of one segment of the result."""
     if "raw" in layers:
@@ -50,30 +49,56 @@ def _segment(
         assert chosen is not None
         return chosen
     assert target is not None
+    if not needs_torch(step, device):
+        quick = _add_bf16(target, layers)
+        if quick is not None:
+            return quick
+    return _add(step, term, target, layers, device)
+
+
+def needs_torch(step: Step, device: str) -> bool:
+    """Whether more is needed than what the kernels for bf16 on the CPU can do."""
+    dtypes = {step.entry.dtype, *(part.dtype for term in step.terms for part in term.parts)}
+    if step.source is None or all(p.layers == ("raw",) for t in step.terms for p in t.parts):
+        return step.source is not None and step.source.entry.dtype != step.entry.dtype
+    plain = len(step.terms) == 1 and step.terms[0].scale == 1.0
+    return not (device == "cpu" and plain and dtypes | {step.source.entry.dtype} == {"BF16"})
+
+
+def _add_bf16(target: np.ndarray, layers: Layers) -> np.ndarray | None:
+    """None where ``_add`` has to decide: what came out is no number, or there are exact bits."""
+    hi, lo = layers.get("hi"), layers.get("lo")
+    if layers.get("ulp") is not None or (hi is None and lo is not None):
+        return None
+    if hi is None:
+        return target
+    out = np.empty_like(target)
+    numbers = kernels.add(target, hi, out)
+    if lo is not None:
+        numbers &= kernels.add_tail(target, hi, lo, np.flatnonzero(lo != 0), out)
+    return out if numbers else None
+
+
+def _add(step: Step, term: Term, target: np.ndarray, layers: Layers, device: str) -> np.ndarray:
+    """Any dtypes, any scale, any device."""
+    from hubdiff import numerics
+
     assert step.source is not None
     dtype = numerics.DTYPES[step.entry.dtype]
-    given = numerics.from_bits(target, step.source.entry.dtype)
+    result = numerics.from_bits(target, step.source.entry.dtype)
     carrier = next((part for part in term.parts if {"hi", "lo"} & set(part.layers)), None)
     delta = difference_of(carrier, layers) if carrier else None
-    if delta is not None:
-        result = _add(given, delta, term.scale, dtype, device)
+    if delta is None:
+        result = numerics.cast(result, dtype)
     else:
-        result = numerics.cast(given, dtype)
+        hi, lo = (None if part is None else part.to(device) for part in delta)
+        assert hi is not None
+        moved = numerics.Difference(hi, lo)
+        result = numerics.add(result.to(device), moved, term.scale, dtype).cpu()
     ulp = layers.get("ulp")
     if ulp is not None:
+        import torch
+
         zigzagged = torch.from_numpy(ulp.view(f"<i{ulp.itemsize}"))
         result = numerics.correct(result, zigzagged)
     return numerics.to_bits(result)
-
-
-def _add(
-    given: torch.Tensor,
-    delta: numerics.Difference,
-    scale: float,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> torch.Tensor:
-    moved = numerics.Difference(
-        delta.hi.to(device), None if delta.lo is None else delta.lo.to(device)
-    )
-    return numerics.add(given.to(device), moved, scale, dtype).cpu()

@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from hubdiff import numerics
+from hubdiff.compare import HALVES, Comparison, Floats, compare, delta_dtype
 from hubdiff.encodings import ENCODINGS
 from hubdiff.hashing import FileHashes, Lane, tensor_hash
 from hubdiff.layers import DenseWriter, LayerWriter, PayloadWriter
@@ -68,6 +67,8 @@ def extract(pair: Pair, folder: Path, *, plain: bool, progress: Progress) -> Ext
         side.tree.is_remote(file) for side in (pair.tuned, pair.base) for file in side.shards
     )
     total = sum(header.file_size for header in pair.tuned.shards.values())
+    if any(needs_torch(item) for item in pair.tensors.values()):
+        import torch  # noqa: F401 - before the threads that use it begin
     progress.start("comparing tuned and base", total)
     worker = _Worker(pair, plain)
     with _Collector(pair, folder, worker.parts, progress) as collector:
@@ -95,7 +96,7 @@ class _Worker:
             return {"delta": Part("delta", ("raw",), encoding, tuned, 0, _PENDING)}
         if not pair.is_float:
             return {"exact": Part("exact", ("raw",), "planes", tuned, 0, _PENDING)}
-        ulp = "packed" if tuned in numerics.HALVES else "planes"
+        ulp = "packed" if tuned in HALVES else "planes"
         parts = {"exact": Part("exact", ("ulp",), ulp, tuned, 0, _PENDING)}
         dtype = self._delta_dtype(pair)
         if self._plain:
@@ -132,21 +133,17 @@ class _Worker:
             piece.changed = len(tuned)
             return
         base = np.frombuffer(piece.base, unit_dtype(pair.base.entry.dtype))
-        masters = None
-        if master is not None and pair.master is not None:
-            masters = _floats(master, pair.master.entry.dtype)
         for segment, part in piece.span.segments():
             if not pair.is_float:
                 self._encode_raw(piece, segment, tuned[part], base[part])
-            else:
-                self._encode_float(
-                    piece,
-                    pair,
-                    segment,
-                    numerics.from_bits(tuned[part], dtype),
-                    numerics.from_bits(base[part], pair.base.entry.dtype),
-                    None if masters is None else masters[part],
-                )
+                continue
+            compared = compare(
+                Floats(tuned[part], dtype),
+                Floats(base[part], pair.base.entry.dtype),
+                _master_part(pair, master, part),
+                self._delta_dtype(pair),
+            )
+            self._encode_float(piece, segment, compared)
 
     def _raw(self, bits: np.ndarray) -> bytes:
         return ENCODINGS["plain" if self._plain else "planes"].encode(bits)
@@ -158,50 +155,27 @@ class _Worker:
         if changed:
             piece.blobs.append(("exact", segment, (ENCODINGS["planes"].encode(tuned),)))
 
-    def _encode_float(
-        self,
-        piece: _Piece,
-        pair: TensorPair,
-        segment: int,
-        tuned: torch.Tensor,
-        base: torch.Tensor,
-        master: torch.Tensor | None,
-    ) -> None:
-        piece.base_square += _square(base)
-        same = tuned.dtype == base.dtype and torch.equal(numerics.bits(tuned), numerics.bits(base))
-        if same and master is None:
-            return
-        dtype = self._delta_dtype(pair)
-        delta = numerics.difference(tuned if master is None else master, base, dtype)
-        piece.delta_square += _square(delta.hi)
-        piece.changed += _count_changed(tuned, base)
-        self._encode_delta(piece, segment, delta)
-        predicted = numerics.add(base, delta, 1.0, tuned.dtype)
-        if not torch.equal(numerics.bits(tuned), numerics.bits(predicted)):
-            residual = numerics.residual(tuned, predicted)
-            encoding = ENCODINGS["packed" if tuned.element_size() == 2 else "planes"]
-            piece.blobs.append(("exact", segment, (encoding.encode(numerics.to_bits(residual)),)))
-
-    def _encode_delta(self, piece: _Piece, segment: int, delta: numerics.Difference) -> None:
-        unchanged = numerics.bits(delta.hi.new_tensor(numerics.UNCHANGED))
-        moved = bool((numerics.bits(delta.hi) != unchanged).any())
-        has_tail = delta.lo is not None and bool((delta.lo != 0).any())
-        tail = b""
-        if has_tail and delta.lo is not None:
-            tail = ENCODINGS["packed"].encode(numerics.to_bits(delta.lo))
+    def _encode_float(self, piece: _Piece, segment: int, compared: Comparison) -> None:
+        piece.base_square += compared.base_square
+        piece.delta_square += compared.delta_square
+        piece.changed += compared.changed
+        hi, lo, residual = compared.hi, compared.lo, compared.residual
+        tail = b"" if lo is None else ENCODINGS["packed"].encode(lo)
         if self._plain:
-            if moved:
-                piece.blobs.append(("delta", segment, (numerics.to_bits(delta.hi).tobytes(),)))
+            if hi is not None:
+                piece.blobs.append(("delta", segment, (hi.tobytes(),)))
             if tail:
                 piece.blobs.append(("tail", segment, (tail,)))
-        elif moved:
-            hi = ENCODINGS["packed"].encode(numerics.to_bits(delta.hi))
-            piece.blobs.append(("delta", segment, (hi, tail)))
+        elif hi is not None:
+            piece.blobs.append(("delta", segment, (ENCODINGS["packed"].encode(hi), tail)))
+        if residual is not None:
+            encoding = ENCODINGS["packed" if residual.itemsize == 2 else "planes"]
+            piece.blobs.append(("exact", segment, (encoding.encode(residual),)))
 
     def _delta_dtype(self, pair: TensorPair) -> str:
         source = pair.master or pair.tuned
         assert pair.base is not None
-        return numerics.delta_dtype(source.entry.dtype, pair.base.entry.dtype, dense=self._plain)
+        return delta_dtype(source.entry.dtype, pair.base.entry.dtype, dense=self._plain)
 
 
 class _Collector:
@@ -324,28 +298,21 @@ class _OpenTensor:
         )
 
 
+def needs_torch(pair: TensorPair) -> bool:
+    """Whether Δ of this tensor is not left to the kernels for bf16."""
+    sides = {side.entry.dtype for side in (pair.tuned, pair.base, pair.master) if side}
+    return pair.is_float and sides != {"BF16"}
+
+
 PartsOf = Callable[[TensorPair], dict[str, Part]]
 
 
-def _floats(data: memoryview, dtype: str) -> torch.Tensor:
-    return numerics.from_bits(np.frombuffer(data, unit_dtype(dtype)), dtype)
-
-
-def _count_changed(tuned: torch.Tensor, base: torch.Tensor) -> int:
-    """Elements whose bits differ; across dtypes, whose values do."""
-    if tuned.dtype == base.dtype:
-        return int((numerics.bits(tuned) != numerics.bits(base)).sum())
-    return int((tuned.float() != base.float()).sum())
+def _master_part(pair: TensorPair, data: memoryview | None, part: slice) -> Floats | None:
+    if data is None or pair.master is None:
+        return None
+    dtype = pair.master.entry.dtype
+    return Floats(np.frombuffer(data, unit_dtype(dtype))[part], dtype)
 
 
 def _unit(dtype: str) -> int:
     return unit_dtype(dtype).itemsize
-
-
-def _square(values: torch.Tensor) -> float:
-    """‖values‖², elements that are not finite left out."""
-    norm = float(torch.linalg.vector_norm(values, dtype=torch.float32))
-    if not math.isfinite(norm):
-        finite = torch.nan_to_num(values.double(), nan=0.0, posinf=0.0, neginf=0.0)
-        norm = min(float(torch.linalg.vector_norm(finite)), 1e150)
-    return norm * norm

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from hubdiff.combine import combine
+from hubdiff.combine import combine, needs_torch
 from hubdiff.delta import Delta
 from hubdiff.errors import IntegrityError, WrongBase
 from hubdiff.files import ByteReader
@@ -39,10 +38,13 @@ if TYPE_CHECKING:
 _COPY = 8 << 20
 
 
-def run(plan: MergePlan, sink: Sink, device: torch.device, progress: Progress) -> list[FileRecord]:
+def run(plan: MergePlan, sink: Sink, device: str, progress: Progress) -> list[FileRecord]:
     """Make every file of the plan in ``sink``; the caller publishes it. Returns the files written
-    here (not those the Hub copies). Raises ``IntegrityError``, ``CorruptPayload`` or ``WrongBase``
-    when bytes are not what they should be; then nothing may be published."""
+    here (not those the Hub copies). ``device`` is a torch device by name. Raises
+    ``IntegrityError``, ``CorruptPayload`` or ``WrongBase`` when bytes are not what they should be;
+    then nothing may be published."""
+    if any(needs_torch(step, device) for file in plan.weights for step in file.steps.values()):
+        import torch  # noqa: F401 - before the threads that use it begin
     progress.start("merging", plan.writes)
     records: list[FileRecord] = []
     index_last = sorted(plan.files, key=lambda file: file.path.endswith(".index.json"))
@@ -107,7 +109,7 @@ def _copy(reader: ByteReader, file: WholeFile, sink: Sink, where: str) -> FileRe
 
 
 def _weights(
-    plan: MergePlan, file: WeightsFile, sink: Sink, device: torch.device, progress: Progress
+    plan: MergePlan, file: WeightsFile, sink: Sink, device: str, progress: Progress
 ) -> FileRecord:
     finished = sink.done(file.path)
     if finished is not None and file.sha256 in (None, finished.sha256):
@@ -148,9 +150,7 @@ class _Made:
 class _Maker:
     """Makes blocks of one file of the result and writes them. Threads share it."""
 
-    def __init__(
-        self, plan: MergePlan, file: WeightsFile, output: OutputFile, device: torch.device
-    ) -> None:
+    def __init__(self, plan: MergePlan, file: WeightsFile, output: OutputFile, device: str) -> None:
         self._plan, self._file, self._output, self._device = plan, file, output, device
 
     def make(self, block: Block) -> list[_Made]:

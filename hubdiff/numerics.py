@@ -31,7 +31,6 @@ _OTHERS = {
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
-HALVES = ("BF16", "F16")
 _QUIET_NAN = {
     torch.bfloat16: 0x7FC0,
     torch.float16: 0x7E00,
@@ -54,38 +53,35 @@ class Difference(NamedTuple):
     lo: Tensor | None
 
 
-def delta_dtype(tuned: str, base: str, *, dense: bool = False) -> str:
-    """The dtype of ``hi`` for a pair of float dtypes; ``dense`` asks for all of a float32 Δ."""
-    if tuned == base and tuned in HALVES:
-        return tuned
-    return "F32" if dense and "F32" in (tuned, base) else "BF16"
-
-
 def difference(tuned: Tensor, base: Tensor, dtype: str) -> Difference:
     """Δ = tuned − base as ``hi`` in ``dtype`` and, for equal 16-bit dtypes, its exact tail."""
-    exact = tuned.dtype == base.dtype == DTYPES[dtype] and dtype in HALVES
+    exact = tuned.dtype == base.dtype == DTYPES[dtype] and tuned.element_size() == 2
     hi = torch.empty(len(tuned), dtype=DTYPES[dtype])
     lo = torch.empty_like(hi) if exact else None
-    # In pieces whose temporaries stay in the cache: three times as fast as a segment at once.
+    # In pieces whose temporaries stay in the cache, and the same ones for every piece: four times
+    # as fast as a segment at once.
+    room = torch.empty(4, min(len(tuned), _PIECE))
     for start in range(0, len(tuned), _PIECE):
         here = slice(start, start + _PIECE)
-        x, y = tuned[here].float(), base[here].float()
+        x, y, total, spare = room[:, : len(hi[here])]
+        x.copy_(tuned[here])
+        y.copy_(base[here])
         # The negated reverse: equal numbers give −0.0, which is "no change", without a mask.
-        total = (y - x).neg_()
+        torch.sub(y, x, out=total).neg_()
         hi[here] = total
         if lo is not None:
-            lo[here] = _tail(x, y, total, hi[here])
+            lo[here] = _tail(x, y, total, hi[here], spare)
     if not _all_finite(hi):
         _mend_infinite(hi, lo, tuned, base)
     return Difference(hi, lo)
 
 
-def _tail(x: Tensor, y: Tensor, total: Tensor, hi: Tensor) -> Tensor:
+def _tail(x: Tensor, y: Tensor, total: Tensor, hi: Tensor, back: Tensor) -> Tensor:
     """What ``hi`` lacks of x − y: its own rounding error, and that of ``total`` (Knuth's TwoSum).
-    Both are exact in float32, and so is their sum."""
-    back = total - x
-    error = (x - (total - back)).sub_(back.add_(y))
-    return total.sub(hi.float()).add_(error)
+    Both are exact in float32, and so is their sum. All but ``hi`` are used up."""
+    torch.sub(total, x, out=back)
+    error = x.sub_(total - back).sub_(back.add_(y))
+    return total.sub_(y.copy_(hi)).add_(error)
 
 
 def _mend_infinite(hi: Tensor, lo: Tensor | None, tuned: Tensor, base: Tensor) -> None:
@@ -132,15 +128,11 @@ def add(target: Tensor, delta: Difference, scale: float, dtype: torch.dtype) -> 
 
 
 def _nonzero(lo: Tensor) -> Tensor:
-    """The indices of the tail. Four elements are looked at as one word first: a tail is sparse."""
-    if lo.storage_offset() % 4:
-        return torch.nonzero(lo).view(-1)
-    whole = len(lo) // 4 * 4
-    words = torch.nonzero(lo[:whole].view(torch.int64)).view(-1, 1) * 4
-    near = (words + torch.arange(4, device=lo.device)).view(-1)
-    tail = torch.arange(whole, len(lo), device=lo.device)
-    candidates = torch.cat((near, tail))
-    return candidates[lo[candidates] != 0]
+    """The indices of the tail. On the CPU by numpy, ten times faster here; a −0.0 that it finds too
+    adds nothing."""
+    if lo.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(to_bits(lo) != 0))
+    return torch.nonzero(lo).view(-1)
 
 
 def _keep(result: Tensor, target: Tensor, where: Tensor) -> None:

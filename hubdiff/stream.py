@@ -9,6 +9,7 @@ what one block needs; it does not depend on the model.
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -137,7 +138,7 @@ def read_ranges(source: Checkpoint, ranges: Iterable[Range]) -> dict[Range, memo
     for run in _runs(sorted(set(ranges))):
         begin, end = run[0].begin, run[-1].end
         # np.empty, not bytearray: no time spent on zeros that are overwritten at once.
-        buffer = np.empty(end - begin, dtype=np.uint8).data
+        buffer = np.empty(end - begin, np.uint8).data
         if len(buffer):
             source.reader(run[0].file).read_into(begin, buffer)
         for item in run:
@@ -187,7 +188,8 @@ def _take(waiting: deque[tuple[J, Future[R]]], consume: Callable[[J, R], None]) 
 
 
 def _one_core_each() -> None:
-    """The pool is the parallelism; torch's own threads would only fight over the same cores."""
-    import torch
-
-    torch.set_num_threads(1)
+    """The pool is the parallelism; torch's own threads would only fight over the same cores. Work
+    that needs torch imports it before the pool begins; other work is not made to."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)

@@ -18,10 +18,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a module imports at its top only from its own line or the ones before.
 LAYERS = [
     {"_version", "errors", "progress", "refs", "markdown"},
-    {"files", "configs", "sidecars", "lineage", "fields", "names", "picture"},
+    {"files", "configs", "sidecars", "lineage", "fields", "names", "picture", "kernels", "memory"},
     {"facts", "safetensors_io", "summary", "encodings", "numerics", "hub"},
     {"manifest", "checkpoint", "card"},
-    {"stream", "pair"},
+    {"stream", "pair", "compare"},
     {"hashing"},
     {"payloads", "writer"},
     {"layers", "delta"},

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hubdiff import numerics
+from hubdiff.compare import delta_dtype
 from hubdiff.numerics import DTYPES, Difference, add, correct, difference, residual
 
 FORMATS = {  # dtype: (fraction bits, lowest exponent of a subnormal's unit, largest finite)
@@ -121,7 +122,7 @@ def test_residual_restores_every_bit(case, dense):
     (tuned_dtype, base_dtype), rows = case
     tuned = tensor([row[0] for row in rows], tuned_dtype)
     base = tensor([row[1] for row in rows], base_dtype)
-    delta = difference(tuned, base, numerics.delta_dtype(tuned_dtype, base_dtype, dense=dense))
+    delta = difference(tuned, base, delta_dtype(tuned_dtype, base_dtype, dense=dense))
     predicted = add(base, delta, 1.0, tuned.dtype)
     assert same_bits(correct(predicted, residual(tuned, predicted)), tuned)
 
@@ -133,9 +134,9 @@ def test_residual_restores_every_bit(case, dense):
     )
 )
 def test_mixed_dtypes_are_rounded_once(case):
-    (delta_dtype, target_dtype, out), rows = case
-    hi = tensor([row[0] for row in rows], delta_dtype)
-    lo = tensor([row[1] for row in rows], delta_dtype)
+    (kind, target_dtype, out), rows = case
+    hi = tensor([row[0] for row in rows], kind)
+    lo = tensor([row[1] for row in rows], kind)
     target = tensor([row[2] for row in rows], target_dtype)
     result = add(target, Difference(hi, lo), 1.0, DTYPES[out])
     for h, tail, t, r in zip(
@@ -192,4 +193,4 @@ def test_the_tail_is_needed():
     ],
 )
 def test_delta_dtype(tuned, base, dense, expected):
-    assert numerics.delta_dtype(tuned, base, dense=dense) == expected
+    assert delta_dtype(tuned, base, dense=dense) == expected

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 import click
 
 from hubdiff.cli._progress import open_progress
+from hubdiff.memory import keep_freed_memory
 from hubdiff.progress import Progress
 
 NOTHING_LOST = "Stopped."
@@ -37,6 +38,7 @@ class Session:
     def working(self, *, if_stopped: str = NOTHING_LOST) -> Iterator[Progress]:
         """Shows progress on stderr for as long as the block runs."""
         self.if_stopped = if_stopped
+        keep_freed_memory()
         with open_progress(sys.stderr, printable) as progress:
             yield progress
         self.if_stopped = NOTHING_LOST

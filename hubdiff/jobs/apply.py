@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import time
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from hubdiff._version import __version__
 from hubdiff.card import result_card
@@ -25,9 +26,6 @@ from hubdiff.plan import CARD, OWN_BASE, MergePlan, make_plan
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.writer import RESULT, Sink, open_sink, output_folder
-
-if TYPE_CHECKING:
-    import torch
 
 RECORD = RESULT.marker
 _LARGEST_FLOAT32 = 3.4028234663852886e38
@@ -258,8 +256,13 @@ class _Apply:
 _SOURCES = {"target": "target", "delta": "tuned", "made": "merged"}
 
 
-def choose_device(name: str) -> torch.device:
-    """The torch device of that name. Raises ``RefError`` for one that is not here."""
+def choose_device(name: str) -> str:
+    """The name of a torch device that is here: ``cpu``, ``cuda:N`` or ``mps``. Raises ``RefError``
+    for one that is not. torch itself is asked only where a GPU is in question."""
+    if name == "auto" and not _cuda_driver():
+        name = "cpu"
+    if name == "cpu":
+        return name
     import torch
 
     if name == "auto":
@@ -285,7 +288,15 @@ def choose_device(name: str) -> torch.device:
             f"there is no {name}, only {torch.cuda.device_count()} CUDA devices",
             next_step="Use --device auto.",
         )
-    return device
+    return str(device)
+
+
+def _cuda_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _run_name(plan: MergePlan, filters: Filters) -> str:

@@ -155,8 +155,6 @@ def _check_base(delta: Delta, base: Checkpoint) -> int:
 
 
 def _rebuild(delta: Delta, base: Checkpoint, progress: Progress) -> tuple[int, int]:
-    import torch
-
     from hubdiff import merge
     from hubdiff.writer import Nowhere
 
@@ -167,5 +165,5 @@ def _rebuild(delta: Delta, base: Checkpoint, progress: Progress) -> tuple[int, i
             + plan.reason.partition(": ")[2],
             next_step="Give the very base that the delta was made from.",
         )
-    files = merge.run(plan, Nowhere(), torch.device("cpu"), progress)
+    files = merge.run(plan, Nowhere(), "cpu", progress)
     return sum(not record.added for record in delta.manifest.tensors), len(files)

@@ -1,0 +1,142 @@
+"""The compiled bf16 arithmetic gives the bits of ``numerics``, or says that it met no number."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hubdiff import kernels, numerics
+from hubdiff.compare import Floats, _compare_any, compare
+from hubdiff.numerics import Difference
+
+EVERY = np.arange(1 << 16, dtype=np.uint16)
+NUMBERS = EVERY[(EVERY & 0x7F80) != 0x7F80]
+# A corner of each kind, to be met by every pattern there is: zeros, subnormals, ties, the largest.
+CORNERS = [0x0000, 0x8000, 0x0001, 0x8001, 0x007F, 0x0080, 0x3F80, 0xBF80, 0x3F81, 0x4380, 0x7F7F]
+
+
+def floats(bits: np.ndarray) -> torch.Tensor:
+    return numerics.from_bits(bits.copy(), "BF16")
+
+
+def difference(tuned: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+    hi, lo = np.empty_like(tuned), np.empty_like(tuned)
+    changed, tails, numbers = kernels.difference(tuned, base, hi, lo)
+    assert changed == np.count_nonzero(tuned != base)
+    assert tails == np.count_nonzero(lo)
+    return hi, lo, numbers
+
+
+def check_pair(tuned: np.ndarray, base: np.ndarray) -> None:
+    hi, lo, numbers = difference(tuned, base)
+    expected = numerics.difference(floats(tuned), floats(base), "BF16")
+    # Where it overflows `numerics` finds another pair, and the kernels leave that to it.
+    rounded = (floats(tuned).float() - floats(base).float()).bfloat16()
+    finite = torch.isfinite(rounded).numpy()
+    assert numbers == finite.all()
+    assert np.array_equal(hi[finite], numerics.to_bits(expected.hi)[finite])
+    assert expected.lo is not None
+    assert np.array_equal(lo[finite], numerics.to_bits(expected.lo)[finite])
+
+
+@pytest.mark.parametrize("corner", CORNERS, ids=hex)
+def test_every_pattern_against_a_corner(corner):
+    other = np.full_like(NUMBERS, corner)
+    check_pair(NUMBERS, other)
+    check_pair(other, NUMBERS)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 60))
+def test_a_difference_has_the_bits_of_numerics(seed, spread):
+    """``spread``: how far apart the exponents of the two lie, at most."""
+    rng = np.random.default_rng(seed)
+    tuned = rng.choice(NUMBERS, 4096)
+    shift = rng.integers(-spread, spread + 1, tuned.size) << 7
+    near = (tuned.astype(np.int64) & 0x7FFF) + shift + rng.integers(-99, 100, tuned.size)
+    base = np.clip(near, 0, 0x7F7F).astype(np.uint16) | (rng.integers(0, 2, 4096) << 15).astype(
+        "u2"
+    )
+    check_pair(tuned, base)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 8, 40, 250]))
+def test_a_sum_has_the_bits_of_numerics(seed, spread):
+    """Any target, hi and lo, not only those that a difference can have."""
+    rng = np.random.default_rng(seed)
+    target, hi, lo = (rng.choice(NUMBERS, 4096) for _ in range(3))
+    if spread:
+        exponents = rng.integers(0, spread, (3, 4096)) + 1
+        target, hi, lo = (
+            (part & 0x807F) | (exponent << 7).astype(np.uint16)
+            for part, exponent in zip((target, hi, lo), exponents, strict=True)
+        )
+    lo[rng.random(4096) < 0.5] = 0
+    out = np.empty_like(target)
+    numbers = kernels.add(target, hi, out)
+    alone = numerics.add(floats(target), Difference(floats(hi), None), 1.0, torch.bfloat16)
+    assert numbers == bool(torch.isfinite(alone).all())
+    finite = torch.isfinite(alone).numpy()
+    assert np.array_equal(out[finite], numerics.to_bits(alone)[finite])
+    kernels.add_tail(target, hi, lo, np.flatnonzero(lo != 0), out)
+    both = numerics.add(floats(target), Difference(floats(hi), floats(lo)), 1.0, torch.bfloat16)
+    finite = torch.isfinite(both).numpy()
+    assert np.array_equal(out[finite], numerics.to_bits(both)[finite])
+
+
+@pytest.mark.parametrize("odd", [0x7F80, 0xFF80, 0x7FC0, 0x7F81, 0xFFFF], ids=hex)
+def test_what_is_no_number_is_said(odd):
+    one, other = np.array([0x3F80, odd], np.uint16), np.array([0x3F80, 0x3F80], np.uint16)
+    out = np.empty_like(one)
+    assert not difference(one, other)[2]
+    assert not difference(other, one)[2]
+    assert not kernels.add(one, other, out)
+    assert not kernels.add(other, one, out)
+    assert not kernels.add_tail(other, other, one, np.array([1]), out)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 65535), st.integers(0, 65535)), min_size=1, max_size=40))
+def test_a_comparison_is_the_same_either_way(pairs):
+    tuned, base = (Floats(np.array(side, np.uint16), "BF16") for side in zip(*pairs, strict=True))
+    quick, slow = compare(tuned, base, None, "BF16"), _compare_any(tuned, base, None, "BF16")
+    for name in ("hi", "lo", "residual"):
+        one, other = getattr(quick, name), getattr(slow, name)
+        assert (one is None) == (other is None)
+        assert one is None or np.array_equal(one, other)
+    assert quick.changed == slow.changed
+    assert quick.delta_square == pytest.approx(slow.delta_square, rel=1e-12)
+    assert quick.base_square == pytest.approx(slow.base_square, rel=1e-12)
+
+
+def test_the_sum_of_squares_leaves_out_what_is_no_number():
+    assert kernels.square(np.array([0x4040, 0xC080, 0x7F80, 0x7FC0], np.uint16)) == 9 + 16
+
+
+def test_it_works_where_nothing_can_be_cached(tmp_path):
+    """A read-only install and no home: compiled each time, and it works."""
+    copy = tmp_path / "kernels_copy.py"
+    copy.write_text(Path(kernels.__file__).read_text())
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import numba.core.caching as c;"
+        "c.CacheImpl._locator_classes = []; import kernels_copy as k, numpy as np;"
+        "print(k.square(np.array([0x4040], np.uint16)))"
+    )
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert done.stdout.strip() == "9.0"
