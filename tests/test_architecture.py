@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a module imports at its top only from its own line or the ones before.
 LAYERS = [
     {"_version", "errors", "progress", "refs", "markdown"},
-    {"files", "configs", "sidecars", "lineage", "fields", "names", "picture"},
+    {"ranks", "files", "configs", "sidecars", "lineage", "fields", "names", "picture"},
     {"facts", "safetensors_io", "summary", "encodings", "numerics", "hub"},
     {"manifest", "checkpoint", "card"},
     {"stream", "pair"},
