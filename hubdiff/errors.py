@@ -31,6 +31,7 @@ HubdiffError
 │   ├── NamesMismatch        tensors that can't be matched by name
 │   ├── NotPortable          only the own base will do (quantised weights, raw bits)
 │   └── WrongBase            an own-base rebuild asked for on something else
+├── RankLost                 another of the processes that torchrun started failed or is gone
 └── OutputError              the place to write to
     ├── OutputExists         it holds something already
     ├── DiskFull             no room left
@@ -38,6 +39,8 @@ HubdiffError
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class HubdiffError(Exception):
@@ -154,6 +157,17 @@ class NotPortable(CannotApply):
 
 class WrongBase(CannotApply):
     pass
+
+
+class RankLost(HubdiffError):
+    """``cause`` is what the rank that failed said itself, where it could: ``rank``, ``type``,
+    ``message`` and ``next_step``."""
+
+    def __init__(
+        self, message: str, *, next_step: str | None = None, cause: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, next_step=next_step)
+        self.cause = cause
 
 
 class OutputError(HubdiffError):

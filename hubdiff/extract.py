@@ -1,25 +1,29 @@
 """Computing a delta: Δ of every tensor, encoded and written as layer files, hashes on the way.
 
 Both models are read once, block by block in the tuned model's file order; memory does not grow with
-them. Nothing is published here.
+them. Each file of the tuned model is compared alone, by the rank in whose share it is. Nothing is
+published here.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hubdiff.compare import HALVES, Comparison, Floats, compare, delta_dtype
 from hubdiff.encodings import ENCODINGS
 from hubdiff.hashing import FileHashes, Lane, tensor_hash
-from hubdiff.layers import DenseWriter, LayerWriter, PayloadWriter
+from hubdiff.layers import DenseWriter, LayerFile, LayerWriter, PayloadWriter, number
 from hubdiff.manifest import GROUPS, PROBE_BYTES, FileRecord, Part, TensorRecord
 from hubdiff.pair import Pair, TensorPair
 from hubdiff.progress import Progress
+from hubdiff.ranks import ALONE, Ranks
 from hubdiff.stream import (
     Block,
     Range,
@@ -31,6 +35,7 @@ from hubdiff.stream import (
     unit_dtype,
     workers_for,
 )
+from hubdiff.writer import disk_errors
 
 _PENDING = "0" * 64  # a hash that is known only when the payload is whole
 
@@ -38,13 +43,43 @@ _PENDING = "0" * 64  # a hash that is known only when the payload is whole
 @dataclass(frozen=True)
 class Extracted:
     """What ``extract`` found and wrote. ``weights`` are the tuned shards, ``base_files`` the
-    base's, by content."""
+    base's, by content. Of the ``layers``, the files that are ``here`` were written by this rank;
+    all the rest is the same on every rank."""
 
     tensors: tuple[TensorRecord, ...]
     layers: dict[str, tuple[FileRecord, ...]]
     weight_map: dict[str, str]
     weights: tuple[FileRecord, ...]
     base_files: tuple[FileRecord, ...]
+    here: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One file of the tuned model: by content, its tensors, and their layers by group."""
+
+    weights: FileRecord
+    tensors: tuple[TensorRecord, ...]
+    layers: dict[str, tuple[LayerFile, ...]]
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> _Compared:
+        return cls(
+            FileRecord(**document["weights"]),
+            tuple(_tensor(record) for record in document["tensors"]),
+            {
+                group: tuple(
+                    LayerFile(FileRecord(**file["record"]), tuple(file["tensors"]))
+                    for file in files
+                )
+                for group, files in document["layers"].items()
+            },
+        )
+
+
+def _tensor(document: dict[str, Any]) -> TensorRecord:
+    parts = tuple(Part(**{**p, "layers": tuple(p["layers"])}) for p in document["parts"])
+    return TensorRecord(**{**document, "shape": tuple(document["shape"]), "parts": parts})
 
 
 @dataclass
@@ -61,25 +96,88 @@ class _Piece:
     base_square: float = 0.0
 
 
-def extract(pair: Pair, folder: Path, *, plain: bool, progress: Progress) -> Extracted:
-    """Write the layer files of ``pair`` into ``folder``. ``plain`` stores Δ as dense tensors."""
+def extract(
+    pair: Pair, folder: Path, *, plain: bool, progress: Progress, ranks: Ranks = ALONE
+) -> Extracted:
+    """Write the layer files of ``pair`` into ``folder``, of several ranks each its share. ``plain``
+    stores Δ as dense tensors."""
+    shards = pair.tuned.shards
+    mine = ranks.share(list(shards), lambda file: shards[file].file_size)
+    if any(needs_torch(item) for item in pair.tensors.values()):
+        import torch  # noqa: F401 - before the threads that use it begin
+    progress.start("comparing tuned and base", sum(shards[file].file_size for file in mine))
+    worker, base_hashes = _Worker(pair, plain), FileHashes(pair.base)
+    found = {}
+    for source, file in enumerate(shards):
+        if file in mine:
+            with _Collector(pair, source, folder, worker.parts, base_hashes, progress) as collector:
+                found[file] = _compare(pair, file, worker, collector, progress)
+    progress.finish()
+    given = ranks.gather({file: asdict(one) for file, one in found.items()}, "comparing")
+    everyone = {file: one for rank in given for file, one in rank.items()}
+    compared = [_Compared.from_json(everyone[file]) for file in shards]
+    return _number(folder, compared, mine, _base_files(pair, compared, base_hashes, ranks))
+
+
+def _compare(
+    pair: Pair, file: str, worker: _Worker, collector: _Collector, progress: Progress
+) -> _Compared:
     remote = any(
         side.tree.is_remote(file) for side in (pair.tuned, pair.base) for file in side.shards
     )
-    total = sum(header.file_size for header in pair.tuned.shards.values())
-    if any(needs_torch(item) for item in pair.tensors.values()):
-        import torch  # noqa: F401 - before the threads that use it begin
-    progress.start("comparing tuned and base", total)
-    worker = _Worker(pair, plain)
-    with _Collector(pair, folder, worker.parts, progress) as collector:
-        for file, header in pair.tuned.shards.items():
-            progress.advance(len(header.raw))
-            run_ordered(
-                blocks(file, header), worker.work, collector.take, workers_for(remote=remote)
-            )
-        extracted = collector.finish()
-    progress.finish()
-    return extracted
+    header = pair.tuned.shards[file]
+    progress.advance(len(header.raw))
+    run_ordered(blocks(file, header), worker.work, collector.take, workers_for(remote=remote))
+    return collector.finish(file)
+
+
+def _number(
+    folder: Path, compared: list[_Compared], mine: list[str], base_files: tuple[FileRecord, ...]
+) -> Extracted:
+    """Give the layer files their names; those that are here get them on the disk too."""
+    layers: dict[str, tuple[FileRecord, ...]] = {}
+    weight_map: dict[str, str] = {}
+    here = set()
+    for group in GROUPS:
+        files = [(one, file) for one in compared for file in one.layers[group]]
+        names = number(group, [file for _, file in files])
+        for name, (one, file) in zip(names, files, strict=True):
+            if one.weights.path in mine:
+                with disk_errors(folder / name):
+                    os.rename(folder / file.record.path, folder / name)
+                here.add(name)
+            if group == "delta":
+                weight_map.update(dict.fromkeys(file.tensors, name))
+        layers[group] = tuple(
+            replace(file.record, path=name) for name, (_, file) in zip(names, files, strict=True)
+        )
+    return Extracted(
+        tuple(record for one in compared for record in one.tensors),
+        layers,
+        weight_map,
+        tuple(one.weights for one in compared),
+        base_files,
+        frozenset(here),
+    )
+
+
+def _base_files(
+    pair: Pair, compared: list[_Compared], hashes: FileHashes, ranks: Ranks
+) -> tuple[FileRecord, ...]:
+    """The base's shards by content. What no rank read whole and in order is read once more, by the
+    rank in whose share it is then."""
+    known = _united(ranks.gather(hashes.whole(), "hashing the base"))
+    shards = pair.base.shards
+    unread = [file for file in shards if file not in known]
+    tensors = {r.name: r.base for one in compared for r in one.tensors if r.base}
+    mine = ranks.share(unread, lambda file: shards[file].file_size)
+    again = {file: hashes.read(file, tensors) for file in mine}
+    known |= _united(ranks.gather(again, "hashing the base"))
+    return tuple(hashes.record(file, known[file]) for file in shards)
+
+
+def _united(given: list[dict[str, str]]) -> dict[str, str]:
+    return {file: digest for rank in given for file, digest in rank.items()}
 
 
 class _Worker:
@@ -179,14 +277,23 @@ class _Worker:
 
 
 class _Collector:
-    """Takes pieces in order: writes their blobs, feeds the hashes, makes the records."""
+    """Takes the pieces of the ``source``-th file in order: writes their blobs, feeds the hashes,
+    makes the records."""
 
-    def __init__(self, pair: Pair, folder: Path, parts: PartsOf, progress: Progress) -> None:
-        self._pair, self._parts, self._progress = pair, parts, progress
-        self._layers = {group: LayerWriter(folder, group) for group in GROUPS}
+    def __init__(
+        self,
+        pair: Pair,
+        source: int,
+        folder: Path,
+        parts: PartsOf,
+        base_hashes: FileHashes,
+        progress: Progress,
+    ) -> None:
+        self._parts, self._progress = parts, progress
+        self._layers = {group: LayerWriter(folder, group, source) for group in GROUPS}
         self._lanes = (Lane(), Lane())
         self._tuned_hashes = FileHashes(pair.tuned)
-        self._base_hashes = FileHashes(pair.base)
+        self._base_hashes = base_hashes
         self._records: list[TensorRecord] = []
         self._open: _OpenTensor | None = None
 
@@ -224,21 +331,14 @@ class _Collector:
     ) -> None:
         self._lanes[lane].feed(hashes.stream(file), offset, data)
 
-    def finish(self) -> Extracted:
+    def finish(self, file: str) -> _Compared:
         for lane in self._lanes:
             lane.catch_up()
-        layers, weight_map = {}, {}
-        for group, layer in self._layers.items():
-            layers[group], names = layer.finish()
-            if group == "delta":
-                weight_map = names
         records = tuple(self._records)
-        return Extracted(
+        return _Compared(
+            self._tuned_hashes.check(file, {r.tuned_name: r.tuned for r in records}),
             records,
-            layers,
-            weight_map,
-            self._tuned_hashes.records({r.tuned_name: r.tuned for r in records}),
-            self._base_hashes.records({r.name: r.base for r in records if r.base}),
+            {group: layer.finish() for group, layer in self._layers.items()},
         )
 
 

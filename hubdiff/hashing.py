@@ -81,20 +81,25 @@ class FileHashes:
             self._streams[file].update(0, header.raw)
         return self._streams[file]
 
-    def records(self, tensor_hashes: Mapping[str, str]) -> tuple[FileRecord, ...]:
-        """Every shard by content. A file that was not read in order, or not whole, is read once
-        more, and its tensors must then have the hashes (blake3 by name) they had the first time.
-        Raises ``IntegrityError`` where a hash is not the listed one."""
-        return tuple(self.check(file, tensor_hashes) for file in self._checkpoint.shards)
+    def whole(self) -> dict[str, str]:
+        """The sha256 of the files that were read whole and in order."""
+        found = {file: stream.digest() for file, stream in self._streams.items()}
+        return {file: digest for file, digest in found.items() if digest}
 
     def check(self, file: str, tensor_hashes: Mapping[str, str]) -> FileRecord:
-        """One shard, as ``records``."""
-        digest = self.stream(file).digest() or self._second_pass(file, tensor_hashes)
+        """One shard by content. One that was not read in order, or not whole, is read once more.
+        Raises ``IntegrityError`` where a hash is not the listed one."""
+        return self.record(file, self.stream(file).digest() or self.read(file, tensor_hashes))
+
+    def record(self, file: str, digest: str) -> FileRecord:
+        """A shard of that sha256, compared with the listed one."""
         info = self._checkpoint.tree.files()[file]
         check_hash(digest, info.sha256, self._checkpoint.where(file))
         return FileRecord(file, info.size, digest)
 
-    def _second_pass(self, file: str, tensor_hashes: Mapping[str, str]) -> str:
+    def read(self, file: str, tensor_hashes: Mapping[str, str]) -> str:
+        """The sha256 of a shard, read for it alone; its tensors must have the hashes (blake3 by
+        name) they had when they were read for the work."""
         header = self._checkpoint.shards[file]
         whole = hashlib.sha256(header.raw)
         tensor = tensor_hash()

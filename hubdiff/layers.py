@@ -1,15 +1,19 @@
 """Writing the layer files of a delta: ``delta-*``, ``tail-*`` and ``exact-*.safetensors``.
 
 Payloads arrive segment by segment and their sizes are not known before the last one, while a
-safetensors header stands first. So the bodies are spooled to a file and each shard is then written
-once, header first, hashed on the way.
+safetensors header stands first. So the bodies are spooled to a file and each layer file is then
+written once, header first, hashed on the way.
+
+Layer files end where the tuned model's files end: each of those is compared alone, so that several
+processes can share them and the bytes don't depend on how many there are. Their numbers are known
+when all are written, and until then they have names of their own.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -40,13 +44,28 @@ class _Stored:
     nbytes: int
 
 
-class LayerWriter:
-    """The files of one group. ``tensor()`` opens the payload of one tensor at a time; ``finish``
-    writes the shards."""
+@dataclass(frozen=True)
+class LayerFile:
+    """A layer file without its number: ``record.path`` is the name it has until then, ``tensors``
+    are those in it."""
 
-    def __init__(self, folder: Path, group: str) -> None:
-        self._folder, self._group = folder, group
-        spool = folder / f".{group}.spool"
+    record: FileRecord
+    tensors: tuple[str, ...]
+
+
+def number(group: str, files: Sequence[LayerFile]) -> list[str]:
+    """The names of all files of a group, in the order of the tensors in them."""
+    count = len(files)
+    return [f"{group}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+class LayerWriter:
+    """The files of one group for one file of the tuned model, the ``source``-th. Payloads are
+    opened one at a time; ``finish`` writes the files."""
+
+    def __init__(self, folder: Path, group: str, source: int) -> None:
+        self._folder, self._group, self._source = folder, group, source
+        spool = folder / f".{group}-{source}.spool"
         with disk_errors(spool):
             self._spool = spool.open("w+b", buffering=0)
         self._stored: list[_Stored] = []
@@ -89,15 +108,15 @@ class LayerWriter:
             digest.update(piece)
         return digest.hexdigest()
 
-    def finish(self) -> tuple[tuple[FileRecord, ...], dict[str, str]]:
-        """Write the shards. Returns their records and which tensor lies in which."""
-        shards = list(self._cut())
-        records, weight_map = [], {}
-        for number, shard in enumerate(shards, 1):
-            name = f"{self._group}-{number:05d}-of-{len(shards):05d}.safetensors"
-            records.append(self._write(name, shard))
-            weight_map.update({stored.name: name for stored in shard})
-        return tuple(records), weight_map
+    def finish(self) -> tuple[LayerFile, ...]:
+        """Write the files."""
+        return tuple(
+            LayerFile(
+                self._write(f".{self._group}-{self._source}-{i}.part", stored),
+                tuple(tensor.name for tensor in stored),
+            )
+            for i, stored in enumerate(self._cut())
+        )
 
     def _cut(self) -> Iterator[list[_Stored]]:
         shard: list[_Stored] = []

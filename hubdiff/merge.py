@@ -7,6 +7,7 @@ lists, and on the own base every tensor of the base and every file of the result
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -38,25 +39,43 @@ if TYPE_CHECKING:
 _COPY = 8 << 20
 
 
-def run(plan: MergePlan, sink: Sink, device: str, progress: Progress) -> list[FileRecord]:
-    """Make every file of the plan in ``sink``; the caller publishes it. Returns the files written
-    here (not those the Hub copies). ``device`` is a torch device by name. Raises
-    ``IntegrityError``, ``CorruptPayload`` or ``WrongBase`` when bytes are not what they should be;
-    then nothing may be published."""
+def run(
+    plan: MergePlan,
+    sink: Sink,
+    device: str,
+    progress: Progress,
+    files: Sequence[WeightsFile | WholeFile] | None = None,
+) -> list[FileRecord]:
+    """Make every file of the plan in ``sink``, or those of its ``files`` that are given; the caller
+    publishes it. ``device`` is a torch device by name. Returns the files written here (not those
+    the Hub copies). Raises ``IntegrityError``, ``CorruptPayload`` or ``WrongBase`` when bytes are
+    not what they should be; then nothing may be published."""
     if any(needs_torch(step, device) for file in plan.weights for step in file.steps.values()):
         import torch  # noqa: F401 - before the threads that use it begin
-    progress.start("merging", plan.writes)
+    files = in_order(plan) if files is None else files
+    progress.start("merging", sum(map(written, files)))
     records: list[FileRecord] = []
-    index_last = sorted(plan.files, key=lambda file: file.path.endswith(".index.json"))
-    for weights in plan.weights:
-        records.append(_weights(plan, weights, sink, device, progress))
-    for whole in index_last:
-        record = _whole(plan, whole, sink)
+    for file in files:
+        if isinstance(file, WeightsFile):
+            records.append(_weights(plan, file, sink, device, progress))
+            continue
+        record = _whole(plan, file, sink)
         if record is not None:
             records.append(record)
-        progress.advance(whole.size)
+        progress.advance(file.size)
     progress.finish()
     return records
+
+
+def in_order(plan: MergePlan) -> list[WeightsFile | WholeFile]:
+    """The files of the plan as they are made: last the index, which makes them a model."""
+    index_last = sorted(plan.files, key=lambda file: file.path.endswith(".index.json"))
+    return [*plan.weights, *index_last]
+
+
+def written(file: WeightsFile | WholeFile) -> int:
+    """The size of a file of the plan."""
+    return file.header.file_size if isinstance(file, WeightsFile) else file.size
 
 
 # --- whole files ---

@@ -17,8 +17,8 @@ PACKAGE = Path(hubdiff.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a module imports at its top only from its own line or the ones before.
 LAYERS = [
-    {"_version", "errors", "progress", "refs", "markdown"},
-    {"files", "configs", "sidecars", "lineage", "fields", "names", "picture", "kernels", "memory"},
+    {"_version", "errors", "progress", "refs", "markdown", "memory"},
+    {"ranks", "files", "configs", "sidecars", "lineage", "fields", "names", "picture", "kernels"},
     {"facts", "safetensors_io", "summary", "encodings", "numerics", "hub"},
     {"manifest", "checkpoint", "card"},
     {"stream", "pair", "compare"},

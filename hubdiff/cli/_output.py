@@ -20,31 +20,60 @@ import click
 
 from hubdiff.cli._progress import open_progress
 from hubdiff.memory import keep_freed_memory
-from hubdiff.progress import Progress
+from hubdiff.progress import Progress, Silent
+from hubdiff.ranks import Ranks, join, launched, launched_rank
 
 NOTHING_LOST = "Stopped."
 _MOST_LISTED = 8
 
 
 class Session:
-    """``command`` is the command line as typed, ``if_stopped`` what Ctrl-C would mean just now."""
+    """``command`` is the command line as typed, ``if_stopped`` what Ctrl-C would mean just now. Of
+    several processes that torchrun started, the one of ``rank`` 0 speaks for all."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.command = ("hubdiff", *arguments)
         self.json = "--json" in arguments
         self.if_stopped = NOTHING_LOST
+        self.rank, self.several = launched_rank(), launched() > 1
 
     @contextmanager
     def working(self, *, if_stopped: str = NOTHING_LOST) -> Iterator[Progress]:
-        """Shows progress on stderr for as long as the block runs."""
+        """Shows progress on stderr for as long as the block runs, in one process."""
+        self.require_one_process()
+        with self._progress(if_stopped) as progress:
+            yield progress
+
+    def require_one_process(self) -> None:
+        """Refuse torchrun for work that is not shared."""
+        if self.several:
+            raise click.UsageError(
+                "torchrun started several processes, and this command runs in one: run it without "
+                "torchrun, or inside a torchrun job with TORCHELASTIC_RUN_ID unset"
+            )
+
+    @contextmanager
+    def working_together(self, *, if_stopped: str) -> Iterator[tuple[Progress, Ranks]]:
+        """As ``working``, with the ranks that share the work; rank 0 shows the progress of its own
+        share."""
+        with self._progress(if_stopped) as progress, join() as ranks:
+            yield progress, ranks
+
+    @contextmanager
+    def _progress(self, if_stopped: str) -> Iterator[Progress]:
         self.if_stopped = if_stopped
         keep_freed_memory()
-        with open_progress(sys.stderr, printable) as progress:
-            yield progress
+        if self.rank:
+            yield Silent()
+        else:
+            with open_progress(sys.stderr, printable) as progress:
+                yield progress
         self.if_stopped = NOTHING_LOST
 
     def show(self, document: dict[str, Any], draw: Callable[[Page], None]) -> None:
         """The result of a command: ``document`` with --json, else what ``draw`` puts on a page."""
+        if self.rank:
+            return
         if self.json:
             print_json(document)
         else:

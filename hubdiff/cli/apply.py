@@ -68,8 +68,8 @@ def command(session: Session, delta: str, **options: Any) -> None:
         if output is None
         else f"Stopped. {output} is as it was; run the same command again to go on from here."
     )
-    with session.working(if_stopped=stopped) as progress:
-        applied = apply(delta, **options, command=session.command, progress=progress)
+    with session.working_together(if_stopped=stopped) as (progress, ranks):
+        applied = apply(delta, **options, command=session.command, progress=progress, ranks=ranks)
         if options["pr"] and not applied.dry_run and applied.pr_url is None:
             progress.note(f"{applied.where} {shared.NO_PR}")
     session.show(applied.as_json(), lambda page: _draw(page, applied))

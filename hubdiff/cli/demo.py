@@ -34,6 +34,7 @@ def command(session: Session, keep: str | None) -> None:
     """
     from hubdiff.demo import demo
 
+    session.require_one_process()
     session.if_stopped = "Stopped. Nothing outside the demo's own folder was touched."
     result = demo(Path(keep) if keep else None, progress=Story(sys.stderr, printable))
     session.show(result.as_json(), lambda page: _draw(page, result))

@@ -58,8 +58,8 @@ def command(session: Session, tuned: str, repo: str, **options: Any) -> None:
 
     from hubdiff.jobs.push import push_delta
 
-    with session.working(if_stopped=_if_stopped(repo)) as progress:
-        pushed = push_delta(tuned, repo, **options, progress=progress)
+    with session.working_together(if_stopped=_if_stopped(repo)) as (progress, ranks):
+        pushed = push_delta(tuned, repo, **options, progress=progress, ranks=ranks)
         for note in _notes(pushed.manifest) if pushed.manifest else ():
             progress.note(note)
         if options["pr"] and not pushed.dry_run and pushed.pr_url is None:

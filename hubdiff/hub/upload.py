@@ -4,17 +4,23 @@ Large files are stored on the Hub as they are added, so that the caller may dele
 they belong to no commit until ``commit`` makes one of everything, or a pull request. If it is never
 called, the repo stays as it was. The commit names the parent that was read at the start: when
 someone else commits meanwhile, it is refused rather than mixed.
+
+Several processes may store files for one commit: each ``join``s the upload that one of them opened
+and hands it a ``deposit`` of what it stored, as JSON.
 """
 
 from __future__ import annotations
 
+import base64
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.lfs import UploadInfo
 
 from hubdiff.errors import HubConflict, RepoNotFound
 from hubdiff.files import FileInfo, safe_path
@@ -44,8 +50,8 @@ class Commit:
 
 
 class HubUpload:
-    """One commit in the making. The repo is created if it does not exist. Not for several threads
-    at once."""
+    """One commit in the making. The repo is created if it does not exist, unless ``parent`` joins
+    an upload that another process opened at that commit. Not for several threads at once."""
 
     def __init__(
         self,
@@ -54,14 +60,21 @@ class HubUpload:
         revision: str | None = None,
         private: bool = False,
         create_pr: bool = False,
+        parent: str | None = None,
     ) -> None:
         self.repo = repo
         self._revision = revision
         self._create_pr = create_pr
-        self._parent = self._open_repo(private)
+        self._parent = self._at(parent) if parent else self._open_repo(private)
         self._subject = subject(repo, revision)
         self._operations: list[_Operation] = []
         self._small: list[CommitOperationAdd] = []
+
+    @property
+    def parent(self) -> str:
+        """The commit that this one is built on."""
+        assert self._parent.commit is not None
+        return self._parent.commit
 
     def existing_files(self) -> dict[str, FileInfo]:
         """What the repo holds at the parent commit."""
@@ -109,6 +122,16 @@ class HubUpload:
 
     def delete(self, path: str) -> None:
         self._operations.append(CommitOperationDelete(safe_path(path), is_folder=False))
+
+    def deposit(self) -> list[dict[str, Any]]:
+        """What was added here, as JSON for ``accept`` in the process that commits: of what the Hub
+        stores apart from commits its name and hash, of the rest its content."""
+        self._store_small()
+        return [_as_json(operation) for operation in self._operations]
+
+    def accept(self, deposit: list[dict[str, Any]]) -> None:
+        """Add what another process stored."""
+        self._operations += [_from_json(entry) for entry in deposit]
 
     def commit(self, message: str, description: str = "") -> Commit:
         """Make the commit, or the pull request. A repo that holds all of it already stays as it is
@@ -165,8 +188,11 @@ class HubUpload:
                 next_step="Make it private in its settings, choose another name, or drop "
                 "--private.",
             )
+        return self._at(info.sha)
+
+    def _at(self, commit: str | None) -> PinnedRef:
         ref = ModelRef(repo=self.repo, revision=self._revision, path=None)
-        return PinnedRef(repo=self.repo, commit=info.sha, path=None, ref=ref)
+        return PinnedRef(repo=self.repo, commit=commit, path=None, ref=ref)
 
     def _carry(self, path: str, source: PinnedRef, entry: RepoFile) -> None:
         assert source.repo is not None
@@ -195,6 +221,35 @@ class HubUpload:
                 create_pr=self._create_pr,
                 gitignore_content=_IGNORE_NOTHING,
             )
+
+
+def _as_json(operation: _Operation) -> dict[str, Any]:
+    path = operation.path_in_repo
+    if isinstance(operation, CommitOperationCopy):
+        source = (operation.src_repo_id, operation.src_revision, operation.src_path_in_repo)
+        return {"path": path, "copy": source}
+    assert isinstance(operation, CommitOperationAdd), "only rank 0 deletes"
+    if not operation._is_uploaded:
+        return {"path": path, "content": operation.b64content().decode()}
+    info = operation.upload_info
+    stored = {"size": info.size, "sha256": info.sha256.hex(), "oid": operation._remote_oid}
+    return {"path": path, "stored": stored}
+
+
+def _from_json(entry: dict[str, Any]) -> _Operation:
+    path = safe_path(entry["path"])
+    if "copy" in entry:
+        repo, revision, source = entry["copy"]
+        kind = "model" if repo else None
+        return CommitOperationCopy(source, path, revision, repo, kind)
+    if "content" in entry:
+        return CommitOperationAdd(path, base64.b64decode(entry["content"]))
+    # As the client itself leaves an addition that it stored: named by hash, not sent again.
+    operation, stored = CommitOperationAdd(path, b""), entry["stored"]
+    operation.upload_info = UploadInfo(stored["size"], b"", bytes.fromhex(stored["sha256"]))
+    operation._upload_mode, operation._should_ignore = "lfs", False
+    operation._remote_oid, operation._is_uploaded = stored["oid"], True
+    return operation
 
 
 def _describe(source: PinnedRef, path: str) -> RepoFile:

@@ -18,16 +18,20 @@ from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint
 from hubdiff.delta import Delta, open_delta_tree
 from hubdiff.errors import CannotApply, RefError, WrongBase
 from hubdiff.facts import RepoFacts, facts, facts_in, note_problems
-from hubdiff.files import FileTree, open_tree
+from hubdiff.files import FileTree
 from hubdiff.hashing import hash_bytes
+from hubdiff.jobs.together import hand_in, open_alike, publish
 from hubdiff.manifest import FileRecord
 from hubdiff.pair import Filters
-from hubdiff.plan import CARD, OWN_BASE, MergePlan, make_plan
+from hubdiff.plan import CARD, OWN_BASE, MergePlan, WeightsFile, WholeFile, make_plan
 from hubdiff.progress import Progress, Silent
+from hubdiff.ranks import ALONE, Ranks
 from hubdiff.refs import ModelRef
 from hubdiff.writer import RESULT, Sink, open_sink, output_folder
 
 RECORD = RESULT.marker
+# Whole files up to this size, such as configs and tokenizers, are rank 0's; larger ones are shared.
+SMALL_FILE = 16 << 20
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 
 
@@ -57,6 +61,11 @@ class Applied:
             }
         return document
 
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Applied:
+        files = tuple(FileRecord(**file) for file in document["files"])
+        return cls(**{**document, "files": files})
+
 
 def apply(
     delta: str | Path,
@@ -75,6 +84,7 @@ def apply(
     dry_run: bool = False,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Applied:
     """Put ``delta`` on the model ``to``.
 
@@ -90,6 +100,9 @@ def apply(
         force: replace what stands at ``output`` or ``push_to``.
         cache: keep what is downloaded in the local Hub cache.
         command: the command line, for the record and the card.
+        ranks: the processes that share the work, each of which makes this call, as ``with
+            hubdiff.ranks.join() as ranks`` gives them under torchrun. The bytes don't depend on
+            how many there are. By default this process does all of it.
 
     Raises ``HubdiffError``. Peak memory does not depend on the size of the model.
     """
@@ -98,11 +111,12 @@ def apply(
     destination = _destination(output, push_to)
     filters = Filters.of(include, exclude)
     # A dry run reads no weights: it must not fill the cache with them either.
-    with _opened(delta, to, cache and not dry_run) as (opened, target):
+    with _opened(delta, to, cache and not dry_run, ranks) as (opened, target):
         plan = make_plan(opened, target, scale=scale, filters=filters)
         if dry_run:
             return Applied(plan.as_json(), True, str(destination))
-        job = _Apply(destination, filters, device, private, pr, force, command, progress)
+        watched = ranks.watched(progress or Silent())
+        job = _Apply(destination, filters, device, private, pr, force, command, watched, ranks)
         try:
             applied = job.run(plan)
         except WrongBase:
@@ -138,10 +152,14 @@ def _destination(output: str | Path | None, push_to: str | None) -> ModelRef:
 
 
 @contextmanager
-def _opened(delta: str | Path, to: str | Path, cache: bool) -> Iterator[tuple[Delta, Checkpoint]]:
-    delta_tree = open_tree(ModelRef.parse(delta), cache=cache)
+def _opened(
+    delta: str | Path, to: str | Path, cache: bool, ranks: Ranks
+) -> Iterator[tuple[Delta, Checkpoint]]:
+    (delta_tree,) = open_alike(ranks, [ModelRef.parse(delta)], cache=cache)
+    assert delta_tree is not None
     with open_delta_tree(delta_tree) as opened:
-        target_tree = open_tree(ModelRef.parse(to), cache=cache)
+        (target_tree,) = open_alike(ranks, [ModelRef.parse(to)], cache=cache)
+        assert target_tree is not None
         with open_checkpoint(target_tree) as target:
             yield opened, target
 
@@ -171,15 +189,14 @@ class _Apply:
     pr: bool
     force: bool
     command: Sequence[str] | None
-    progress: Progress | None
+    progress: Progress
+    ranks: Ranks
 
     def run(self, plan: MergePlan) -> Applied:
-        from hubdiff import merge
-
-        progress = self.progress or Silent()
-        progress.note(plan.reason)
-        cards = _read_cards(plan, progress)
-        device = choose_device(self.device)
+        self.ranks.agree("the plan", lambda: _fingerprint(plan, self.filters))
+        self.progress.note(plan.reason)
+        cards = _read_cards(plan, self.progress)
+        device = choose_device(self.device, self.ranks)
         with open_sink(
             self.destination,
             RESULT,
@@ -188,10 +205,61 @@ class _Apply:
             force=self.force,
             private=self.private,
             pr=self.pr,
+            ranks=self.ranks,
         ) as sink:
-            files = merge.run(plan, sink, device, progress)
-            files += self._describe(plan, sink, files, cards)
-            published = sink.publish(_message(plan))
+            files = self._merge(plan, sink, device)
+            applied = self._finish(plan, sink, files, cards) if self.ranks.first else None
+        done = self.ranks.broadcast(applied and asdict(applied), "finishing the result")
+        return Applied.from_json(done)
+
+    def _merge(self, plan: MergePlan, sink: Sink, device: torch.device) -> list[FileRecord]:
+        """Every file of the plan, made by whoever has it in his share. Raises ``WrongBase`` on all
+        ranks when one of them finds a tensor that is not the base's."""
+        from hubdiff import merge
+
+        shared, rest = self._shares(plan, sink)
+        files: list[FileRecord] = []
+        wrong = None
+        try:
+            files = merge.run(plan, sink, device, self.progress, shared)
+        except WrongBase as error:
+            if plan.proved:
+                raise
+            wrong = str(error)
+        found = hand_in(self.ranks, sink, {"wrong": wrong, "files": _json(files)}, "merging")
+        for reason in (rank["wrong"] for rank in found):
+            if reason:
+                raise WrongBase(reason)
+        files = [FileRecord(**file) for rank in found for file in rank["files"]]
+        if self.ranks.first and rest:
+            files += merge.run(plan, sink, device, self.progress, rest)
+        order = {file.path: number for number, file in enumerate(merge.in_order(plan))}
+        return sorted(files, key=lambda file: order[file.path])
+
+    def _shares(
+        self, plan: MergePlan, sink: Sink
+    ) -> tuple[list[WeightsFile | WholeFile], list[WeightsFile | WholeFile]]:
+        """This rank's files of the plan, and those that rank 0 makes when all ranks are done: small
+        files, which turn the folder into a model. A process on its own makes all in one go."""
+        from hubdiff import merge
+
+        files = merge.in_order(plan)
+        if self.ranks.size == 1:
+            return files, []
+        large = [f for f in files if isinstance(f, WeightsFile) or f.size > SMALL_FILE]
+        if len(large) < self.ranks.size:
+            self.progress.note(
+                f"{len(large)} of the {self.ranks.size} ranks have work: a file is made by one rank"
+            )
+        shared = self.ranks.share(large, lambda file: _cost(plan, file, self.destination))
+        return shared, [file for file in files if file not in large]
+
+    def _finish(
+        self, plan: MergePlan, sink: Sink, files: list[FileRecord], cards: Cards
+    ) -> Applied:
+        """Describe the result and publish it."""
+        files += self._describe(plan, sink, files, cards)
+        published = publish(self.ranks, sink, _message(plan))
         return Applied(
             plan.as_json(),
             False,
@@ -256,9 +324,10 @@ class _Apply:
 _SOURCES = {"target": "target", "delta": "tuned", "made": "merged"}
 
 
-def choose_device(name: str) -> str:
-    """The name of a torch device that is here: ``cpu``, ``cuda:N`` or ``mps``. Raises ``RefError``
-    for one that is not. torch itself is asked only where a GPU is in question."""
+def choose_device(name: str, ranks: Ranks = ALONE) -> str:
+    """The name of a torch device that is here: ``cpu``, ``cuda:N`` or ``mps``; of several ranks on
+    a machine with several GPUs each gets its own for ``auto`` and ``cuda``. torch itself is asked
+    only where a GPU is in question. Raises ``RefError`` for a device that is not here."""
     if name == "auto" and not _cuda_driver():
         name = "cpu"
     if name == "cpu":
@@ -267,6 +336,8 @@ def choose_device(name: str) -> str:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks.size > 1 and torch.cuda.is_available():
+        name = f"cuda:{ranks.local % torch.cuda.device_count()}"
     kind = name.partition(":")[0]
     here = {
         "cpu": True,
@@ -297,6 +368,36 @@ def _cuda_driver() -> bool:
     except OSError:
         return False
     return True
+
+
+def _cost(plan: MergePlan, file: WeightsFile | WholeFile, destination: ModelRef) -> int:
+    """The bytes that pass through the rank that makes the file: none of one that the Hub copies."""
+    if isinstance(file, WeightsFile):
+        return file.header.file_size
+    tree = plan.target.tree if file.origin == "target" else plan.delta.tree
+    copied = destination.repo is not None and tree.pin.repo is not None
+    return 0 if copied and file.source and tree.files()[file.source].sha256 else file.size
+
+
+def _json(files: list[FileRecord]) -> list[dict[str, Any]]:
+    return [asdict(file) for file in files]
+
+
+def _fingerprint(plan: MergePlan, filters: Filters) -> str:
+    """What ranks must plan alike. What depends on a machine, its cores and its cache, is left
+    out."""
+    described = plan.as_json()
+    del described["peak_memory"], described["read"]["network"]
+    parts = [
+        __version__,
+        described,
+        hash_bytes(plan.delta.tree.read_bytes(MANIFEST)),
+        [(file, hash_bytes(header.raw)) for file, header in plan.target.shards.items()],
+        [(file.path, file.sha256, hash_bytes(file.header.raw)) for file in plan.weights],
+        [(f.path, f.sha256, f.source, f.data and hash_bytes(f.data)) for f in plan.files],
+        asdict(filters),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _run_name(plan: MergePlan, filters: Filters) -> str:

@@ -17,17 +17,19 @@ from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint
 from hubdiff.errors import CannotDiff, RefError
 from hubdiff.extract import Extracted, extract
 from hubdiff.facts import facts, note_problems
-from hubdiff.files import FileTree, open_tree
+from hubdiff.files import FileTree
 from hubdiff.hashing import check_hash, hash_bytes
+from hubdiff.jobs.together import hand_in, open_alike, publish
 from hubdiff.lineage import code_provenance
 from hubdiff.manifest import FileRecord, Manifest, NotCarried, Side, TensorRecord, TunedFile
 from hubdiff.pair import HEADS, Filters, Pair, pair_models
 from hubdiff.picture import layer_picture
 from hubdiff.progress import Progress, Silent
+from hubdiff.ranks import ALONE, Ranks
 from hubdiff.refs import ModelRef
 from hubdiff.sidecars import NotCarried as StaysBehind
 from hubdiff.sidecars import classify
-from hubdiff.writer import DELTA, Sink, open_sink
+from hubdiff.writer import DELTA, Published, Sink, open_sink
 
 DELTA_INDEX = "delta.safetensors.index.json"
 BASE_CONFIGS = ("config.json", "generation_config.json")
@@ -93,6 +95,7 @@ def push_delta(
     cache: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Pushed:
     """Publish Δ = ``tuned`` − ``base`` as ``repo``.
 
@@ -106,24 +109,20 @@ def push_delta(
         include, exclude: globs on base tensor names. Such a delta can't rebuild ``tuned``.
         force: replace a folder that exists.
         cache: keep what is downloaded in the local Hub cache.
+        ranks: the processes that share the work, each of which makes this call, as ``with
+            hubdiff.ranks.join() as ranks`` gives them under torchrun. The bytes don't depend on
+            how many there are. By default this process does all of it.
 
     Raises ``HubdiffError``. Peak memory does not depend on the size of the models.
     """
     began = time.monotonic()
-    progress = progress or Silent()
+    progress = ranks.watched(progress or Silent())
     destination = ModelRef.parse(repo)
     cache = cache and not dry_run  # a dry run reads no weights
-    tuned_tree = open_tree(ModelRef.parse(tuned), cache=cache)
-    base_ref = ModelRef.parse(base) if base is not None else _base_from_card(tuned_tree)
-    master_ref = ModelRef.parse(tuned_master) if tuned_master is not None else None
+    trees = _open_trees(tuned, base, tuned_master, cache, ranks)
     with ExitStack() as stack:
         one, other, master = (
-            stack.enter_context(open_checkpoint(tree)) if tree else None
-            for tree in (
-                tuned_tree,
-                open_tree(base_ref, cache=cache),
-                open_tree(master_ref, cache=cache) if master_ref else None,
-            )
+            stack.enter_context(open_checkpoint(tree)) if tree else None for tree in trees
         )
         assert one is not None
         assert other is not None
@@ -131,24 +130,57 @@ def push_delta(
         plan = _plan(pair, destination, dry_run)
         if dry_run:
             return plan
+        ranks.agree("what to compare", lambda: _fingerprint(pair, plain))
         reads = [checkpoint.tree for checkpoint in (one, other, master) if checkpoint]
         note_problems([facts(tree) for tree in reads], progress)
         with open_sink(
-            destination, DELTA, reads=reads, force=force, private=private, pr=pr
+            destination, DELTA, reads=reads, force=force, private=private, pr=pr, ranks=ranks
         ) as sink:
-            push = _Push(pair, sink, destination, progress)
+            push = _Push(pair, sink, destination, progress, ranks)
             manifest = push.run(plain)
-            published = sink.publish(f"Delta of {_name(one.tree)} over {_name(other.tree)}")
+            published = Published("")
+            if ranks.first:
+                message = f"Delta of {_name(one.tree)} over {_name(other.tree)}"
+                published = publish(ranks, sink, message)
+            done = ranks.broadcast(
+                {**asdict(published), "files": [asdict(file) for file in push.files]},
+                "finishing the delta",
+            )
     return replace(
         plan,
-        where=published.where,
-        files=tuple(push.files),
+        **{**done, "files": tuple(FileRecord(**file) for file in done["files"])},
         seconds=time.monotonic() - began,
-        url=published.url,
-        commit=published.commit,
-        pr_url=published.pr_url,
         manifest=manifest,
     )
+
+
+def _open_trees(
+    tuned: str | Path,
+    base: str | Path | None,
+    master: str | Path | None,
+    cache: bool,
+    ranks: Ranks,
+) -> list[FileTree | None]:
+    """Tuned, base and masters. Rank 0 alone reads the card that names the base."""
+    (tuned_tree,) = open_alike(ranks, [ModelRef.parse(tuned)], cache=cache)
+    base_ref = ModelRef.parse(base) if base is not None else None
+    if base_ref is None and ranks.first:
+        assert tuned_tree is not None
+        base_ref = _base_from_card(tuned_tree)
+    master_ref = ModelRef.parse(master) if master is not None else None
+    return [tuned_tree, *open_alike(ranks, [base_ref, master_ref], cache=cache)]
+
+
+def _fingerprint(pair: Pair, plain: bool) -> str:
+    """What ranks must compare alike."""
+    sides = [side for side in (pair.tuned, pair.base, pair.master) if side]
+    parts = [
+        __version__,
+        [[file, hash_bytes(h.raw)] for side in sides for file, h in side.shards.items()],
+        [[p.name, p.tuned_name, p.base is None] for p in pair.tensors.values()],
+        plain,
+    ]
+    return hash_bytes(json.dumps(parts).encode())
 
 
 def _plan(pair: Pair, destination: ModelRef, dry_run: bool) -> Pushed:
@@ -196,17 +228,38 @@ def _name(tree: FileTree) -> str:
 class _Push:
     """One delta in the making: fills a sink, remembers what went in."""
 
-    def __init__(self, pair: Pair, sink: Sink, destination: ModelRef, progress: Progress) -> None:
+    def __init__(
+        self, pair: Pair, sink: Sink, destination: ModelRef, progress: Progress, ranks: Ranks
+    ) -> None:
         self._pair, self._sink = pair, sink
         self._destination, self._progress = destination, progress
+        self._ranks = ranks
         self.files: list[FileRecord] = []
 
-    def run(self, plain: bool) -> Manifest:
-        extracted = extract(self._pair, self._sink.staging, plain=plain, progress=self._progress)
+    def run(self, plain: bool) -> Manifest | None:
+        """The manifest; on other ranks than the first None."""
+        if len(self._pair.tuned.shards) < self._ranks.size:
+            self._progress.note(
+                f"{len(self._pair.tuned.shards)} of the {self._ranks.size} ranks have work: a file "
+                "of tuned is compared by one rank"
+            )
+        extracted = extract(
+            self._pair,
+            self._sink.staging,
+            plain=plain,
+            progress=self._progress,
+            ranks=self._ranks,
+        )
         for files in extracted.layers.values():
             for record in files:
-                self._sink.finish(record)
+                if record.path in extracted.here:
+                    self._sink.finish(record)
                 self.files.append(record)
+        hand_in(self._ranks, self._sink, None, "storing the delta")
+        return self._describe(extracted) if self._ranks.first else None
+
+    def _describe(self, extracted: Extracted) -> Manifest:
+        """All that is no layer: side files, card and picture, and the manifest last."""
         if extracted.weight_map:
             self._put(DELTA_INDEX, _index(extracted))
         tuned_files, not_carried = self._tuned_side_files()

@@ -1,25 +1,37 @@
-"""A folder that appears whole or not at all, and can be resumed."""
+"""A folder that appears whole or not at all, and can be resumed.
+
+Ranks on machines that share a file system fill it together: rank 0 makes the staging folder and
+publishes it, each rank keeps a journal of its own there, and a resumed run reads them all, however
+many ranks it has.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
+import time
+import uuid
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from hubdiff.errors import OutputError
 from hubdiff.files import LocalReader, safe_path
 from hubdiff.hashing import hash_bytes, hash_reader
 from hubdiff.manifest import FileRecord
 from hubdiff.refs import PinnedRef
+from hubdiff.writer.lock import lock_journal
 from hubdiff.writer.output import OutputFile, disk_errors
 from hubdiff.writer.place import refuse_place
 from hubdiff.writer.sink import Published
 
 JOURNAL = ".hubdiff-journal.jsonl"
+# Network disks show what another machine wrote a little later.
+VISIBLE_SECONDS = 10.0
 
 
 class FolderSink:
@@ -30,23 +42,25 @@ class FolderSink:
     def __init__(
         self, folder: Path, run: str, reads: Sequence[Path] = (), *, force: bool = False
     ) -> None:
-        self.folder = folder.absolute()
+        self._place(folder)
         self._reads, self._force = reads, force
         self._refuse_place()
-        self.staging = self.folder.parent / f".{self.folder.name}.hubdiff-partial"
-        self._journal = self.staging / JOURNAL
         with disk_errors(self.staging):
             self._finished = self._resume(run)
+
+    def _place(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self.staging = self.folder.parent / f".{self.folder.name}.hubdiff-partial"
+        self._journal = self.staging / JOURNAL
 
     def _refuse_place(self) -> None:
         refuse_place(self.folder, self._reads, force=self._force)
 
     def _resume(self, run: str) -> dict[str, FileRecord]:
         """What a killed run of the same name left finished."""
+        self._refuse_ranks()
         head = json.dumps({"run": run})
-        text = self._journal.read_text(errors="replace") if self._journal.is_file() else ""
-        lines = text.splitlines()
-        if not lines or lines[0] != head:
+        if _head(self._journal) != head:
             shutil.rmtree(self.staging, ignore_errors=True)
             self.staging.mkdir(parents=True)
             try:
@@ -54,13 +68,24 @@ class FolderSink:
             except OutputError:
                 self.discard()
                 raise
-            return {}
+        return self._read_journals()
+
+    def _refuse_ranks(self) -> None:
+        """Raise ``OutputExists`` while ranks of an earlier run still write here."""
+        for journal in self._journals():
+            os.close(lock_journal(journal, self.folder))
+
+    def _journals(self) -> list[Path]:
+        return sorted(self.staging.glob(f"{JOURNAL}*"))
+
+    def _read_journals(self) -> dict[str, FileRecord]:
         finished = {}
-        for line in lines[1:]:
-            # The last line may be cut short by the kill.
-            with suppress(json.JSONDecodeError, TypeError):
-                record = FileRecord(**json.loads(line))
-                finished[record.path] = record
+        for journal in self._journals():
+            for line in journal.read_text(errors="replace").splitlines():
+                # The last line may be cut short by the kill; some lines are no records.
+                with suppress(json.JSONDecodeError, TypeError):
+                    record = FileRecord(**json.loads(line))
+                    finished[record.path] = record
         return finished
 
     def _log(self, line: str) -> None:
@@ -97,12 +122,30 @@ class FolderSink:
     def copy(self, path: str, pin: PinnedRef, source: str) -> bool:
         return False  # a folder takes bytes
 
+    @property
+    def resumed(self) -> bool:
+        """Whether anything here is finished."""
+        return bool(self._finished)
+
+    def invite(self) -> str:
+        """A word for the other ranks to find in the staging folder."""
+        word = uuid.uuid4().hex
+        self._log(json.dumps({"invited": word}))
+        return word
+
+    def deposit(self) -> list[dict[str, Any]]:
+        return [asdict(record) for record in self._finished.values()]
+
+    def accept(self, deposit: list[dict[str, Any]]) -> None:
+        self._finished |= {entry["path"]: FileRecord(**entry) for entry in deposit}
+
     def publish(self, message: str) -> Published:
         """Give the folder its name. Everything in it is on the disk by now."""
         self._refuse_place()  # again: hours may have passed
         self._check_whole()
         with disk_errors(self.folder):
-            self._journal.unlink()
+            for journal in self._journals():
+                journal.unlink()
             _sync_folders(self.staging)
             if self.folder.exists():
                 self._replace()
@@ -132,6 +175,47 @@ class FolderSink:
 
     def discard(self) -> None:
         shutil.rmtree(self.staging, ignore_errors=True)
+
+
+class FolderShare(FolderSink):
+    """Another rank's part of the folder that rank 0's ``FolderSink`` fills. Raises ``OutputError``
+    where the word that rank 0 left there is not to be seen."""
+
+    def __init__(self, folder: Path, rank: int, word: str) -> None:
+        self._place(folder)
+        self._find(word, rank)
+        self._finished = self._read_journals()
+        self._journal = self.staging / f"{JOURNAL}.{rank}"
+        self._lock: int | None = lock_journal(self._journal, self.folder)
+
+    def _find(self, word: str, rank: int) -> None:
+        until = time.monotonic() + VISIBLE_SECONDS
+        while not self._journal.is_file() or word not in self._journal.read_text(errors="replace"):
+            if time.monotonic() > until:
+                raise OutputError(
+                    f"rank {rank} on {platform.node()} does not see {self.staging}, which rank 0 "
+                    "made: the folder is not the same for all ranks",
+                    next_step="Choose a folder on a file system that all machines share, by its "
+                    "full path; without one, publish to the Hub (apply: --push-to REPO).",
+                )
+            time.sleep(0.1)
+
+    def deposit(self) -> list[dict[str, Any]]:
+        self.close()  # rank 0 removes the journals when it has all deposits
+        return super().deposit()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _head(journal: Path) -> str | None:
+    """The first line, which names the run."""
+    if not journal.is_file():
+        return None
+    with journal.open(errors="replace") as file:
+        return file.readline().rstrip("\n")
 
 
 def _sync_folders(root: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from hubdiff.errors import OutputExists
 from hubdiff.files import safe_path
@@ -99,6 +100,18 @@ class HubSink:
         self._paths.add(path)
         return True
 
+    @property
+    def parent(self) -> str:
+        """The commit that the upload is built on."""
+        return self._upload.parent
+
+    def deposit(self) -> list[dict[str, Any]]:
+        return self._upload.deposit()
+
+    def accept(self, deposit: list[dict[str, Any]]) -> None:
+        self._upload.accept(deposit)
+        self._paths.update(entry["path"] for entry in deposit)
+
     def publish(self, message: str) -> Published:
         """Commit. What an earlier version had and this one lacks is deleted in the same commit, so
         that the repo never holds a mixture."""
@@ -113,6 +126,21 @@ class HubSink:
             return False
         owned = any(fnmatchcase(path, glob) for glob in self._kind.owned)
         return self._replace_all or owned or path in self._earlier
+
+
+class HubShare(HubSink):
+    """Another rank's part of the commit that rank 0's ``HubSink`` makes on ``parent``."""
+
+    def __init__(self, destination: ModelRef, staging: Path, parent: str, *, pr: bool) -> None:
+        from hubdiff.hub import HubUpload, require_token
+
+        require_token()
+        assert destination.repo is not None
+        self.staging = staging
+        self._upload = HubUpload(
+            destination.repo, revision=destination.revision, create_pr=pr, parent=parent
+        )
+        self._paths = set()
 
 
 def _listed(record: bytes) -> Iterator[str]:

@@ -1,4 +1,8 @@
-"""One run at a time per output folder."""
+"""One run at a time per output folder.
+
+Of a run of several ranks, rank 0 holds the folder's lock and each other rank its own journal's, so
+that one which outlives rank 0 keeps the next run out too.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,19 @@ def only_run(folder: Path) -> Iterator[None]:
         # While the lock is held: later it might be the file of the next run.
         path.unlink(missing_ok=True)
         os.close(fd)
+
+
+def lock_journal(journal: Path, folder: Path) -> int:
+    """Lock the journal of a rank until the descriptor is closed. Raises ``OutputExists`` while a
+    rank of another run holds it."""
+    with disk_errors(journal):
+        fd = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        _take(fd, folder)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _lock(path: Path, folder: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from hubdiff.hashing import hash_bytes
 from hubdiff.manifest import FileRecord
@@ -31,6 +32,12 @@ class Nowhere:
 
     def copy(self, path: str, pin: PinnedRef, source: str) -> bool:
         return False  # the bytes are what is checked
+
+    def deposit(self) -> list[dict[str, Any]]:
+        return []
+
+    def accept(self, deposit: list[dict[str, Any]]) -> None:
+        pass
 
     def publish(self, message: str) -> Published:
         return Published("nowhere")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from hubdiff.manifest import FileRecord
 from hubdiff.refs import PinnedRef
@@ -58,6 +58,12 @@ class Sink(Protocol):
 
     def copy(self, path: str, pin: PinnedRef, source: str) -> bool:
         """Take a file from where it lies without its bytes passing here; False: not possible."""
+
+    def deposit(self) -> list[dict[str, Any]]:
+        """All that was taken, as JSON for the sink that publishes it; nothing is taken after."""
+
+    def accept(self, deposit: list[dict[str, Any]]) -> None:
+        """Take what another rank's sink of the same place took."""
 
     def publish(self, message: str) -> Published:
         """Make all of it visible at once."""
