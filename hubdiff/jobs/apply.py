@@ -19,7 +19,7 @@ from hubdiff.errors import CannotApply, RefError, WrongBase
 from hubdiff.facts import RepoFacts, facts, facts_in, note_problems
 from hubdiff.files import FileTree
 from hubdiff.hashing import hash_bytes
-from hubdiff.jobs.together import hand_in, open_alike, publish
+from hubdiff.jobs.together import glimpse, hand_in, open_alike, publish
 from hubdiff.manifest import FileRecord
 from hubdiff.pair import Filters
 from hubdiff.plan import CARD, OWN_BASE, MergePlan, WeightsFile, WholeFile, make_plan
@@ -234,7 +234,7 @@ class _Apply:
                 raise WrongBase(reason)
         files = [FileRecord(**file) for rank in found for file in rank["files"]]
         if self.ranks.first and rest:
-            files += merge.run(plan, sink, device, self.progress, rest)
+            files += merge.run(plan, sink, device, self.ranks.watched(Silent()), rest)
         order = {file.path: number for number, file in enumerate(merge.in_order(plan))}
         return sorted(files, key=lambda file: order[file.path])
 
@@ -381,7 +381,7 @@ def _fingerprint(plan: MergePlan, filters: Filters) -> str:
         __version__,
         described,
         hash_bytes(plan.delta.tree.read_bytes(MANIFEST)),
-        [(file, hash_bytes(header.raw)) for file, header in plan.target.shards.items()],
+        glimpse(plan.target),
         [(file.path, file.sha256, hash_bytes(file.header.raw)) for file in plan.weights],
         [(f.path, f.sha256, f.source, f.data and hash_bytes(f.data)) for f in plan.files],
         asdict(filters),

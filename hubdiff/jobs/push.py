@@ -19,7 +19,7 @@ from hubdiff.extract import Extracted, extract
 from hubdiff.facts import facts, note_problems
 from hubdiff.files import FileTree
 from hubdiff.hashing import check_hash, hash_bytes
-from hubdiff.jobs.together import hand_in, open_alike, publish
+from hubdiff.jobs.together import glimpse, hand_in, open_alike, publish
 from hubdiff.lineage import code_provenance
 from hubdiff.manifest import FileRecord, Manifest, NotCarried, Side, TensorRecord, TunedFile
 from hubdiff.pair import HEADS, Filters, Pair, pair_models
@@ -176,7 +176,7 @@ def _fingerprint(pair: Pair, plain: bool) -> str:
     sides = [side for side in (pair.tuned, pair.base, pair.master) if side]
     parts = [
         __version__,
-        [[file, hash_bytes(h.raw)] for side in sides for file, h in side.shards.items()],
+        [glimpse(side) for side in sides],
         [[p.name, p.tuned_name, p.base is None] for p in pair.tensors.values()],
         plain,
     ]
