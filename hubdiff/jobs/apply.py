@@ -19,7 +19,7 @@ from hubdiff.errors import CannotApply, RefError, WrongBase
 from hubdiff.facts import RepoFacts, facts, facts_in, note_problems
 from hubdiff.files import FileTree
 from hubdiff.hashing import hash_bytes
-from hubdiff.jobs.together import glimpse, hand_in, open_alike, publish
+from hubdiff.jobs.together import conclude, glimpse, hand_in, open_alike, publish
 from hubdiff.manifest import FileRecord
 from hubdiff.pair import Filters
 from hubdiff.plan import CARD, OWN_BASE, MergePlan, WeightsFile, WholeFile, make_plan
@@ -102,9 +102,9 @@ def apply(
         force: replace what stands at ``output`` or ``push_to``.
         cache: keep what is downloaded in the local Hub cache.
         command: the command line, for the record and the card.
-        ranks: the processes that share the work, each of which makes this call, as ``with
-            hubdiff.ranks.join() as ranks`` gives them under torchrun. The bytes don't depend on
-            how many there are. By default this process does all of it.
+        ranks: the processes that share the work, each of which makes this call: under torchrun,
+            what ``with hubdiff.ranks.join() as ranks`` gives. The bytes don't depend on how many
+            there are. By default this process does all of it.
 
     Raises ``HubdiffError``. Peak memory does not depend on the size of the model.
     """
@@ -211,7 +211,7 @@ class _Apply:
         ) as sink:
             files = self._merge(plan, sink, device)
             applied = self._finish(plan, sink, files, cards) if self.ranks.first else None
-        done = self.ranks.broadcast(applied and asdict(applied), "finishing the result")
+        done = conclude(self.ranks, applied and asdict(applied), "finishing the result")
         return Applied.from_json(done)
 
     def _merge(self, plan: MergePlan, sink: Sink, device: torch.device) -> list[FileRecord]:

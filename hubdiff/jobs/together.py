@@ -70,6 +70,13 @@ def hand_in(ranks: Ranks, sink: Sink, found: Any, what: str) -> list[Any]:
     return [rank["found"] for rank in given]
 
 
+def conclude(ranks: Ranks, value: Any, what: str) -> Any:
+    """What rank 0 made of it, in the end. All ranks call it."""
+    if not ranks.first:
+        ranks.outcome = UNKNOWN
+    return ranks.broadcast(value, what)
+
+
 def publish(ranks: Ranks, sink: Sink, message: str) -> Published:
     """Rank 0 publishes."""
     ranks.outcome = UNKNOWN
