@@ -24,6 +24,7 @@ from hubdiff.manifest import GROUPS, PROBE_BYTES, FileRecord, Part, TensorRecord
 from hubdiff.pair import Pair, TensorPair
 from hubdiff.progress import Progress
 from hubdiff.ranks import ALONE, Ranks
+from hubdiff.safetensors_io import Header
 from hubdiff.stream import (
     Block,
     Range,
@@ -106,12 +107,17 @@ def extract(
     if any(needs_torch(item) for item in pair.tensors.values()):
         import torch  # noqa: F401 - before the threads that use it begin
     progress.start("comparing tuned and base", sum(shards[file].file_size for file in mine))
+    remote = any(
+        side.tree.is_remote(file) for side in (pair.tuned, pair.base) for file in side.shards
+    )
+    workers = workers_for(remote=remote)
     worker, base_hashes = _Worker(pair, plain), FileHashes(pair.base)
     found = {}
     for source, file in enumerate(shards):
         if file in mine:
             with _Collector(pair, source, folder, worker.parts, base_hashes, progress) as collector:
-                found[file] = _compare(pair, file, worker, collector, progress)
+                progress.advance(len(shards[file].raw))
+                found[file] = _compare(file, shards[file], worker, collector, workers)
     progress.finish()
     given = ranks.gather({file: asdict(one) for file, one in found.items()}, "comparing")
     everyone = {file: one for rank in given for file, one in rank.items()}
@@ -120,14 +126,9 @@ def extract(
 
 
 def _compare(
-    pair: Pair, file: str, worker: _Worker, collector: _Collector, progress: Progress
+    file: str, header: Header, worker: _Worker, collector: _Collector, workers: int
 ) -> _Compared:
-    remote = any(
-        side.tree.is_remote(file) for side in (pair.tuned, pair.base) for file in side.shards
-    )
-    header = pair.tuned.shards[file]
-    progress.advance(len(header.raw))
-    run_ordered(blocks(file, header), worker.work, collector.take, workers_for(remote=remote))
+    run_ordered(blocks(file, header), worker.work, collector.take, workers)
     return collector.finish(file)
 
 

@@ -12,6 +12,7 @@ Ranks meet in the same order on every rank: a method that says so must be called
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 import os
 import platform
@@ -48,6 +49,8 @@ AGAIN = (
 # What a rank says when it ends for no fault of its own.
 _FOLLOWING = ("RankLost", "KeyboardInterrupt")
 _LEFT = "left"
+# The store is one for as long as torchrun runs; each time that the ranks join has keys of its own.
+_joined = itertools.count()
 
 
 def launched() -> int:
@@ -169,10 +172,11 @@ class _Joined(Ranks):
         wait = timedelta(seconds=EXCHANGE_SECONDS)
         try:
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=wait)))
-            mine = dist.PrefixStore("hubdiff", store)
+            number = next(_joined)
+            mine = dist.PrefixStore(f"hubdiff-{number}", store)
             dist.init_process_group(
                 "gloo",
-                store=dist.PrefixStore("hubdiff-gloo", store),
+                store=dist.PrefixStore(f"hubdiff-gloo-{number}", store),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=wait,
@@ -398,7 +402,7 @@ class _Watched:
     def start(self, what: str, total: int) -> None:
         self._ranks.begin(what)
         self._ranks.check()
-        self._inner.start(what, total)
+        self._inner.start(f"{what}, rank {self._ranks.rank} of {self._ranks.size}", total)
 
     def advance(self, count: int) -> None:
         self._ranks.check()

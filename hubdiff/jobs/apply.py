@@ -20,7 +20,7 @@ from hubdiff.errors import CannotApply, RefError, WrongBase
 from hubdiff.facts import RepoFacts, facts, facts_in, note_problems
 from hubdiff.files import FileTree
 from hubdiff.hashing import hash_bytes
-from hubdiff.jobs.together import hand_in, open_alike, publish
+from hubdiff.jobs.together import conclude, glimpse, hand_in, open_alike, publish
 from hubdiff.manifest import FileRecord
 from hubdiff.pair import Filters
 from hubdiff.plan import CARD, OWN_BASE, MergePlan, WeightsFile, WholeFile, make_plan
@@ -100,9 +100,9 @@ def apply(
         force: replace what stands at ``output`` or ``push_to``.
         cache: keep what is downloaded in the local Hub cache.
         command: the command line, for the record and the card.
-        ranks: the processes that share the work, each of which makes this call, as ``with
-            hubdiff.ranks.join() as ranks`` gives them under torchrun. The bytes don't depend on
-            how many there are. By default this process does all of it.
+        ranks: the processes that share the work, each of which makes this call: under torchrun,
+            what ``with hubdiff.ranks.join() as ranks`` gives. The bytes don't depend on how many
+            there are. By default this process does all of it.
 
     Raises ``HubdiffError``. Peak memory does not depend on the size of the model.
     """
@@ -209,7 +209,7 @@ class _Apply:
         ) as sink:
             files = self._merge(plan, sink, device)
             applied = self._finish(plan, sink, files, cards) if self.ranks.first else None
-        done = self.ranks.broadcast(applied and asdict(applied), "finishing the result")
+        done = conclude(self.ranks, applied and asdict(applied), "finishing the result")
         return Applied.from_json(done)
 
     def _merge(self, plan: MergePlan, sink: Sink, device: torch.device) -> list[FileRecord]:
@@ -232,7 +232,7 @@ class _Apply:
                 raise WrongBase(reason)
         files = [FileRecord(**file) for rank in found for file in rank["files"]]
         if self.ranks.first and rest:
-            files += merge.run(plan, sink, device, self.progress, rest)
+            files += merge.run(plan, sink, device, self.ranks.watched(Silent()), rest)
         order = {file.path: number for number, file in enumerate(merge.in_order(plan))}
         return sorted(files, key=lambda file: order[file.path])
 
@@ -392,7 +392,7 @@ def _fingerprint(plan: MergePlan, filters: Filters) -> str:
         __version__,
         described,
         hash_bytes(plan.delta.tree.read_bytes(MANIFEST)),
-        [(file, hash_bytes(header.raw)) for file, header in plan.target.shards.items()],
+        glimpse(plan.target),
         [(file.path, file.sha256, hash_bytes(file.header.raw)) for file in plan.weights],
         [(f.path, f.sha256, f.source, f.data and hash_bytes(f.data)) for f in plan.files],
         asdict(filters),

@@ -19,7 +19,7 @@ from hubdiff.extract import Extracted, extract
 from hubdiff.facts import facts, note_problems
 from hubdiff.files import FileTree
 from hubdiff.hashing import check_hash, hash_bytes
-from hubdiff.jobs.together import hand_in, open_alike, publish
+from hubdiff.jobs.together import conclude, glimpse, hand_in, open_alike, publish
 from hubdiff.lineage import code_provenance
 from hubdiff.manifest import FileRecord, Manifest, NotCarried, Side, TensorRecord, TunedFile
 from hubdiff.pair import HEADS, Filters, Pair, pair_models
@@ -109,9 +109,9 @@ def push_delta(
         include, exclude: globs on base tensor names. Such a delta can't rebuild ``tuned``.
         force: replace a folder that exists.
         cache: keep what is downloaded in the local Hub cache.
-        ranks: the processes that share the work, each of which makes this call, as ``with
-            hubdiff.ranks.join() as ranks`` gives them under torchrun. The bytes don't depend on
-            how many there are. By default this process does all of it.
+        ranks: the processes that share the work, each of which makes this call: under torchrun,
+            what ``with hubdiff.ranks.join() as ranks`` gives. The bytes don't depend on how many
+            there are. By default this process does all of it.
 
     Raises ``HubdiffError``. Peak memory does not depend on the size of the models.
     """
@@ -142,7 +142,8 @@ def push_delta(
             if ranks.first:
                 message = f"Delta of {_name(one.tree)} over {_name(other.tree)}"
                 published = publish(ranks, sink, message)
-            done = ranks.broadcast(
+            done = conclude(
+                ranks,
                 {**asdict(published), "files": [asdict(file) for file in push.files]},
                 "finishing the delta",
             )
@@ -176,7 +177,7 @@ def _fingerprint(pair: Pair, plain: bool) -> str:
     sides = [side for side in (pair.tuned, pair.base, pair.master) if side]
     parts = [
         __version__,
-        [[file, hash_bytes(h.raw)] for side in sides for file, h in side.shards.items()],
+        [glimpse(side) for side in sides],
         [[p.name, p.tuned_name, p.base is None] for p in pair.tensors.values()],
         plain,
     ]

@@ -6,10 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hubdiff.checkpoint import Checkpoint
 from hubdiff.files import FileTree, open_tree
+from hubdiff.hashing import hash_bytes
 from hubdiff.ranks import PUBLISHED, UNKNOWN, Ranks
 from hubdiff.refs import ModelRef
+from hubdiff.safetensors_io import Header
 from hubdiff.writer import Published, Sink
+
+_GLIMPSE = 4096
 
 
 def open_alike(
@@ -38,6 +43,22 @@ def _pinned(pin: dict[str, Any]) -> ModelRef:
     return ModelRef(pin["repo"], pin["commit"], Path(pin["path"]) if pin["path"] else None)
 
 
+def glimpse(checkpoint: Checkpoint) -> list[list[str]]:
+    """The header of each shard, and of a folder's, which nothing pins, the first weights: machines
+    with copies of their own may have two versions."""
+    found = []
+    for file, header in checkpoint.shards.items():
+        start = bytearray(0 if checkpoint.tree.pin.repo else min(_GLIMPSE, _weights(header)))
+        if start:
+            checkpoint.reader(file).read_into(len(header.raw), memoryview(start))
+        found.append([file, hash_bytes(header.raw + start)])
+    return found
+
+
+def _weights(header: Header) -> int:
+    return header.file_size - len(header.raw)
+
+
 def hand_in(ranks: Ranks, sink: Sink, found: Any, what: str) -> list[Any]:
     """Rank 0's sink holds what every rank stored, and each rank has what all ``found``. All ranks
     call it; from here on only rank 0 writes."""
@@ -47,6 +68,13 @@ def hand_in(ranks: Ranks, sink: Sink, found: Any, what: str) -> list[Any]:
         for other in given[1:]:
             sink.accept(other["deposit"])
     return [rank["found"] for rank in given]
+
+
+def conclude(ranks: Ranks, value: Any, what: str) -> Any:
+    """What rank 0 made of it, in the end. All ranks call it."""
+    if not ranks.first:
+        ranks.outcome = UNKNOWN
+    return ranks.broadcast(value, what)
 
 
 def publish(ranks: Ranks, sink: Sink, message: str) -> Published:
