@@ -212,7 +212,7 @@ class _Apply:
         done = conclude(self.ranks, applied and asdict(applied), "finishing the result")
         return Applied.from_json(done)
 
-    def _merge(self, plan: MergePlan, sink: Sink, device: torch.device) -> list[FileRecord]:
+    def _merge(self, plan: MergePlan, sink: Sink, device: str) -> list[FileRecord]:
         """Every file of the plan, made by whoever has it in his share. Raises ``WrongBase`` on all
         ranks when one of them finds a tensor that is not the base's."""
         from hubdiff import merge
