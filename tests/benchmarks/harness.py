@@ -28,6 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs"
 PEERS = {
@@ -194,6 +196,12 @@ def settle(folder: Path, inputs: Sequence[Path]) -> None:
             with file.open("rb", buffering=0) as opened:
                 while opened.readinto(piece):
                     pass
+
+
+def order0_bytes(bits: np.ndarray) -> float:
+    """Bytes per element of a code that knows how often each value comes, and nothing else."""
+    shares = np.unique(bits, return_counts=True)[1] / bits.size
+    return float(-(shares * np.log2(shares)).sum() / 8)
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
