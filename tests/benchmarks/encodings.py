@@ -5,7 +5,8 @@
 Model: base = N(0, 0.02) in the dtype, tuned = round(base + N(0, step)), delta = tuned - base with
 -0.0 for "unchanged". Sizes are bytes per weight, against the order-0 entropy of the same bits (of
 their byte planes where elements are wider than 16 bits); speeds are GB/s of uncompressed bytes in
-CPU time of one thread. Peers get the same 16-bit tensors, in a process of their own.
+CPU time of one thread. Peers get the same bf16 differences, in a process of their own; pcodec
+encodes each twice, as signed and as rotated integers, and keeps the smaller.
 """
 
 from __future__ import annotations

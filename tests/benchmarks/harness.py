@@ -71,7 +71,6 @@ def process(
     python: str | Path = sys.executable,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    show: bool = False,
 ) -> Row:
     """Run a module or a ``.py`` file in a process of its own: wall seconds from start to exit, CPU
     seconds, peak resident bytes (the kernel's VmHWM, so Linux), and what it printed."""
@@ -83,8 +82,7 @@ def process(
             command,
             cwd=cwd,
             env={**os.environ, "NO_COLOR": "1", **(env or {})},
-            stdout=None if show else subprocess.PIPE,
-            stderr=subprocess.STDOUT if show else subprocess.PIPE,
+            capture_output=True,
             text=True,
             check=False,
         )
@@ -124,11 +122,10 @@ def peers(folder: Path) -> Peers:
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     missing = {}
-    for requirement in ("torch", *(f"{name}=={number}" for name, number in PEERS.items())):
-        name = requirement.partition("==")[0]
-        if _installed(python, name) in (None, "") or (
-            name in PEERS and _installed(python, name) != PEERS[name]
-        ):
+    for name, number in {"torch": "", **PEERS}.items():
+        found = _installed(python, name)
+        if found is None or (number and found != number):
+            requirement = f"{name}=={number}" if number else name
             print(f"installing {requirement} into {folder}", flush=True)
             install = [str(python), "-m", "pip", "install", "--quiet", requirement]
             install += ["--constraint", str(ROOT / "constraints.txt")]

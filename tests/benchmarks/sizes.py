@@ -4,8 +4,8 @@
 
 Models are trained here (``training.py``), in bf16: the real all-MiniLM-L6-v2, fine-tuned with
 float32 masters, or wholly in bf16 at a tiny learning rate as reinforcement learning does it
-("RL-like"), and a small Llama trained from scratch. A run is a seed, another order of the data. What
-was trained stays in --folder and is used again.
+("RL-like"), and a small Llama trained from scratch. A run is a seed, another order of the data.
+What was trained stays in --folder and is used again.
 
 A size is that of the whole model, embeddings included, in % of its bf16 weights. hubdiff's are the
 files on disk: "delta + exact" what rebuilds tuned bit for bit (checked here, by sha256), "repo" all
