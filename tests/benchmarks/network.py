@@ -7,6 +7,7 @@ Hub, of --layers decoder layers each, so that they fit on a disk: 2 make 3.0 GB,
 Embeddings and head are whole and so weigh more than in the real model; the delta's share of a model
 is the same for both. Bytes are those of the Hub's request log, files of all kinds.
 
+- "push-delta": hubdiff makes the delta, as a repo.
 - "apply": hubdiff puts the delta on the target, into a folder.
 - "mergekit linear": the same sum by ``mergekit-yaml``, from the Hub.
 - "apply --push-to": a delta of one layer's MLP only (``--include``), the result a repo of its own:
@@ -48,20 +49,18 @@ from hubdiff.devhub import DevHub
 BASE, TUNED, TARGET = (f"demo/{kind}" for kind in KINDS)
 DELTA, PARTIAL, RESULT = "demo/delta", "demo/partial-delta", "demo/result"
 PART = "model.layers.0.mlp.*"
-APPLY, MERGEKIT, PUSH_TO = "apply", "mergekit linear", "apply --push-to, partial delta"
+PUSH, APPLY, MERGEKIT = "push-delta", "apply", "mergekit linear"
+PUSH_TO = "apply --push-to, partial delta"
 
 
 def publish(hub: DevHub, folder: Path, layers: int) -> int:
-    """Models and deltas on the Hub, by xet, which server-side copies need; the size of a model."""
+    """The models on the Hub, by xet, which server-side copies need; the size of one."""
     for kind in KINDS:
         size = write_model(folder / kind, kind, LLAMA_3_8B, layers, sharded=True)
         with newcomer(hub, folder) as env:
             words = ("upload", f"demo/{kind}", folder / kind)
             process("huggingface_hub.cli.hf", *words, env=env)
         shutil.rmtree(folder / kind)
-    for repo, *options in ((DELTA,), (PARTIAL, "--include", PART)):
-        with newcomer(hub, folder) as env:
-            process("hubdiff", "push-delta", TUNED, repo, "--base", BASE, *options, env=env)
     return size
 
 
@@ -78,30 +77,41 @@ def read_by_repo(hub: DevHub) -> dict[str, int]:
     return {record.repo: hub.log.bytes_served(record.repo) for record in hub.log if record.repo}
 
 
-def apply(hub: DevHub, folder: Path) -> Row:
+def push(hub: DevHub, folder: Path, repo: str, *options: str) -> Row:
+    words = ("push-delta", TUNED, repo, "--base", BASE, "--json", *options)
     with newcomer(hub, folder) as env:
-        process("hubdiff", "apply", DELTA, "--to", TARGET, "--output", folder / "out", env=env)
+        ran = process("hubdiff", *words, env=env)
+    sent = sum(file["size"] for file in json.loads(ran["output"])["files"])
+    return {"read": read_by_repo(hub), "peak": ran["peak"], "sent": sent}
+
+
+def apply(hub: DevHub, folder: Path) -> Row:
+    words = ("apply", DELTA, "--to", TARGET, "--output", folder / "out")
+    with newcomer(hub, folder) as env:
+        ran = process("hubdiff", *words, env=env)
     shutil.rmtree(folder / "out")
-    return {"read": read_by_repo(hub)}
+    return {"read": read_by_repo(hub), "peak": ran["peak"]}
 
 
 def merge(hub: DevHub, folder: Path, others: Peers) -> Row:
     write_recipe(folder / RECIPE, TARGET, TUNED, BASE)
     with newcomer(hub, folder) as env:
         words = ("mergekit.scripts.run_yaml", RECIPE, "out", "--quiet")
-        others.process("mergekit", *words, cwd=folder, env=env)
+        ran = others.process("mergekit", *words, cwd=folder, env=env)
     shutil.rmtree(folder / "out")
-    return {"read": read_by_repo(hub)}
+    return {"read": read_by_repo(hub), "peak": ran["peak"]}
 
 
 def push_to(hub: DevHub, folder: Path, number: int) -> Row:
     words = ("apply", PARTIAL, "--to", TARGET, "--push-to", f"{RESULT}-{number}", "--json")
     with newcomer(hub, folder) as env:
-        told = json.loads(process("hubdiff", *words, env=env)["output"])
+        ran = process("hubdiff", *words, env=env)
+    told = json.loads(ran["output"])
     sent = {file["path"]: file["size"] for file in told["files"]}
     copied = [file["bytes"] for file in told["plan"]["files"] if file["path"] not in sent]
     return {
         "read": read_by_repo(hub),
+        "peak": ran["peak"],
         "sent": sum(sent.values()),
         "copied": sum(copied),
         "copies": len(copied),
@@ -114,11 +124,13 @@ def measure(options: argparse.Namespace) -> Row:
     folder = options.folder / "network"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    rows: dict[str, list[Row]] = {APPLY: [], MERGEKIT: [], PUSH_TO: []}
+    rows: dict[str, list[Row]] = {PUSH: [], APPLY: [], MERGEKIT: [], PUSH_TO: []}
     failed = {}
     with DevHub(folder / "hub") as hub:
         size = publish(hub, folder, options.layers)
+        push(hub, folder, PARTIAL, "--include", PART)
         for number in range(options.runs):
+            rows[PUSH].append(push(hub, folder, DELTA))
             rows[APPLY].append(apply(hub, folder))
             if MERGEKIT not in failed:
                 try:
@@ -180,6 +192,7 @@ def _cells(job: str, runs: Sequence[Row], size: int) -> list[str]:
         f"{statistics.median(total) / (3 * size):.1%}",
         gigabytes([run.get("sent", 0) for run in runs]),
         f"{copied} ({copies} files)" if copies else "",
+        f"{max(run['peak'] for run in runs) / 1e6:.0f}",
     ]
 
 
