@@ -108,7 +108,8 @@ def write_model(
     shards: Sequence[Shapes] = model.shards(layers)
     if not sharded:
         shards = [{name: shape for shard in shards for name, shape in shard.items()}]
-    weight_map, size, position = {}, 0, 0
+    weight_map: dict[str, str] = {}
+    size = position = 0
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = file if sharded else "model.safetensors"

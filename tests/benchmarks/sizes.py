@@ -74,10 +74,11 @@ class Regime:
     answers: bool = True
 
     def tune(self, base: Path, folder: Path, *, steps: int, seed: int) -> list[float]:
-        how = {"rate": self.rate, "steps": steps, "seed": seed}
         if self.base == "minilm":
-            return tune_minilm(base, folder, dtype=self.dtype, **how)
-        return tune_llama(base, folder, answers=self.answers, **how)
+            tune = partial(tune_minilm, dtype=self.dtype)
+        else:
+            tune = partial(tune_llama, answers=self.answers)
+        return tune(base, folder, rate=self.rate, steps=steps, seed=seed)
 
 
 REGIMES = (
