@@ -36,9 +36,14 @@ wheel: $(INSTALLED)
 	cd / && "$(CURDIR)/$(WHEEL_VENV)/bin/hubdiff" --version
 	cd / && "$(CURDIR)/$(WHEEL_VENV)/bin/python" "$(CURDIR)/tests/installed.py" "$(CURDIR)/$(WHEEL_VENV)"
 
+# Hours, 60 GB of disk and a quiet machine; each script takes --help. real_llm.py is apart: it needs
+# more packages.
 bench: $(INSTALLED)
-	$(BIN)/python tests/benchmarks/encodings.py
-	$(BIN)/python tests/benchmarks/end_to_end.py --gb 1.7 --folder build/models
+	$(BIN)/python tests/benchmarks/startup.py --readme README.md
+	$(BIN)/python tests/benchmarks/encodings.py --readme README.md
+	$(BIN)/python tests/benchmarks/network.py --readme README.md
+	$(BIN)/python tests/benchmarks/speed.py --gb 1.7 7 --readme README.md
+	$(BIN)/python tests/benchmarks/sizes.py --readme README.md
 
 clean:
 	rm -rf $(VENV) $(KEEP) build dist

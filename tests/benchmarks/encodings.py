@@ -1,11 +1,12 @@
-"""Size and speed of every encoding on differences made like those of real fine-tunes.
+"""Size and speed of every encoding, beside other codecs, on differences like real fine-tunes'.
 
-    python tests/benchmarks/encodings.py [--json] [--elements N] [--repeat N]
+    python tests/benchmarks/encodings.py [--elements N] --json encodings.json --readme README.md
 
 Model: base = N(0, 0.02) in the dtype, tuned = round(base + N(0, step)), delta = tuned - base with
 -0.0 for "unchanged". Sizes are bytes per weight, against the order-0 entropy of the same bits (of
-their byte planes where elements are wider than 16 bits); speeds are the thread's own CPU
-time, median of the repeats, in GB/s of uncompressed bytes.
+their byte planes where elements are wider than 16 bits); speeds are GB/s of uncompressed bytes in
+CPU time of one thread. Peers get the same bf16 differences, in a process of their own; pcodec
+encodes each twice, as signed and as rotated integers, and keeps the smaller.
 """
 
 from __future__ import annotations
@@ -13,37 +14,44 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
+from harness import (
+    PROGRAMS,
+    Goal,
+    PeerFailed,
+    Peers,
+    Row,
+    arguments,
+    goals_table,
+    machine,
+    main,
+    order0_bytes,
+    origin,
+    peers,
+    spread,
+    table,
+)
+from safetensors.numpy import save_file
 
 from hubdiff.encodings import ENCODINGS, SEGMENT
 
 UNCHANGED = 0x8000  # -0.0
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--elements", type=int, default=SEGMENT, help="at most one segment")
-    parser.add_argument("--repeat", type=int, default=9)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    arguments = parser.parse_args()
-    rows = [
-        measure(label, encoding, bits, arguments.repeat)
-        for label, encoding, bits in inputs(arguments.elements)
-    ]
-    if arguments.json:
-        print(json.dumps({"elements": arguments.elements, "rows": rows}))
-        return
-    print(f"{'input':26}{'encoding':10}{'zeros':>8}{'entropy':>10}{'B/w':>10}{'ratio':>8}", end="")
-    print(f"{'enc GB/s':>10}{'dec GB/s':>10}")
-    for row in rows:
-        print(
-            "{input:26}{encoding:10}{zeros:8.4f}{entropy:10.5f}{size:10.5f}".format(**row), end=""
-        )
-        print("{ratio:8.3f}{encode:10.2f}{decode:10.2f}".format(**row))
+STEPS = {  # of the noise → what leaves as many elements unchanged
+    2e-7: "RL-like",
+    1.7e-5: "SFT at 5e-6",
+    6.5e-5: "SFT at 2e-5",
+    2.2e-4: "SFT at 1e-4",
+    1.2e-3: "SFT, short-trained base",
+    4e-3: "continued pre-training",
+}
+GOALS = {"RL-like": 3.0, "SFT at 5e-6": 1.0, "SFT at 2e-5": 1.0, "SFT at 1e-4": 1.0}
+CODECS = ("zipnn", "pcodec", "zstd-1")
 
 
 def inputs(count: int) -> list[tuple[str, str, np.ndarray]]:
@@ -51,9 +59,8 @@ def inputs(count: int) -> list[tuple[str, str, np.ndarray]]:
     base = torch.randn(count, generator=generator) * 0.02
     noise = torch.randn(count, generator=generator)
     bf16, fp16 = torch.bfloat16, torch.float16
-    steps = (2e-7, 1.7e-5, 6.5e-5, 2.2e-4, 1.2e-3, 4e-3)
-    found = [(f"bf16 delta, step {s:g}", "packed", delta(base, noise, s, bf16)) for s in steps]
-    found.append(("fp16 delta, step 2e-04", "packed", delta(base, noise, 2e-4, fp16)))
+    found = [(label(name), "packed", delta(base, noise, s, bf16)) for s, name in STEPS.items()]
+    found.append(("fp16 delta, SFT at 2e-5", "packed", delta(base, noise, 2e-4, fp16)))
     for share in (1e-4, 5e-4, 2e-3, 1e-2):
         found.append((f"tail, {share:.2%} of weights", "packed", tail(base, noise, share)))
     for share in (1e-3, 1e-2):
@@ -63,6 +70,10 @@ def inputs(count: int) -> list[tuple[str, str, np.ndarray]]:
     found.append(("fp32 weights", "planes", bits_of(base)))
     found.append(("fp32 weights", "plain", bits_of(base)))
     return found
+
+
+def label(name: str) -> str:
+    return f"bf16 delta, {name}"
 
 
 def delta(base: torch.Tensor, noise: torch.Tensor, step: float, dtype: torch.dtype) -> np.ndarray:
@@ -96,39 +107,31 @@ def bits_of(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(signed).numpy().view(unsigned).copy()
 
 
-def measure(label: str, name: str, bits: np.ndarray, repeat: int) -> dict[str, str | float]:
+def measure_encoding(what: str, name: str, bits: np.ndarray, runs: int) -> Row:
     encoding = ENCODINGS[name]
     out = np.empty_like(bits)
     blob = encoding.encode(bits)
-    encode = seconds(lambda: encoding.encode(bits), repeat)
-    decode = seconds(lambda: encoding.decode(blob, out), repeat)
+    encode = seconds(lambda: encoding.encode(bits), runs)
+    decode = seconds(lambda: encoding.decode(blob, out), runs)
     assert np.array_equal(out, bits)
-    entropy = order0_bytes(bits) if bits.itemsize <= 2 else planes_bytes(bits)
-    size = len(blob) / bits.size
     return {
-        "input": label,
+        "input": what,
         "encoding": name,
         "zeros": float(np.mean((bits == 0) | (bits == UNCHANGED))),
-        "entropy": entropy,
-        "size": size,
-        "ratio": size / entropy,
-        "encode": bits.nbytes / encode / 1e9,
-        "decode": bits.nbytes / decode / 1e9,
+        "entropy": order0_bytes(bits) if bits.itemsize <= 2 else planes_bytes(bits),
+        "size": len(blob) / bits.size,
+        "encode": [bits.nbytes / s / 1e9 for s in encode],
+        "decode": [bits.nbytes / s / 1e9 for s in decode],
     }
 
 
-def seconds(call: Callable[[], object], repeat: int) -> float:
+def seconds(call: Callable[[], object], runs: int) -> list[float]:
     times = []
-    for _ in range(repeat):
+    for _ in range(runs):
         start = time.thread_time()
         call()
         times.append(time.thread_time() - start)
-    return statistics.median(times)
-
-
-def order0_bytes(bits: np.ndarray) -> float:
-    shares = np.unique(bits, return_counts=True)[1] / bits.size
-    return float(-(shares * np.log2(shares)).sum() / 8)
+    return times
 
 
 def planes_bytes(bits: np.ndarray) -> float:
@@ -136,5 +139,74 @@ def planes_bytes(bits: np.ndarray) -> float:
     return sum(order0_bytes(plane) for plane in bits.view(np.uint8).reshape(-1, bits.itemsize).T)
 
 
+def measure_peers(tensors: dict[str, np.ndarray], others: Peers, runs: int) -> Row:
+    """codec → input → its row, or why there is none."""
+    with tempfile.TemporaryDirectory() as place:
+        file = Path(place) / "tensors.safetensors"
+        save_file({name: bits.view(np.int16) for name, bits in tensors.items()}, file)
+        try:
+            words = (PROGRAMS / "peer_codecs.py", file, str(runs), *CODECS)
+            found: Row = json.loads(others.process("zstandard", *words)["output"])
+        except PeerFailed as reason:
+            return {codec: {"failed": str(reason)} for codec in CODECS}
+    return found
+
+
+def measure(options: argparse.Namespace) -> Row:
+    others = peers(options.peers)
+    given = inputs(options.elements)
+    rows = [measure_encoding(*one, options.runs) for one in given]
+    tensors = {label(name): bits for name, (_, _, bits) in zip(STEPS.values(), given, strict=False)}
+    found = measure_peers(tensors, others, options.runs)
+    failed = {codec: row.pop("failed") for codec, row in found.items() if "failed" in row}
+    for codec, by_input in found.items():
+        for what, row in by_input.items():
+            bits = tensors[what]
+            ours = next(one for one in rows if one["input"] == what)
+            rows.append(
+                {
+                    **{key: ours[key] for key in ("input", "zeros", "entropy")},
+                    "encoding": codec,
+                    "size": row["bytes"] / bits.size,
+                    "encode": [bits.nbytes / s / 1e9 for s in row["encode"]],
+                    "decode": [bits.nbytes / s / 1e9 for s in row["decode"]],
+                }
+            )
+    order = [what for what, _, _ in given]
+    rows.sort(key=lambda row: order.index(row["input"]))
+    return {
+        "machine": machine(others),
+        "elements": options.elements,
+        "rows": rows,
+        "failed": failed,
+    }
+
+
+def render(document: Row) -> str:
+    head = ["", "encoding", "zeros", "entropy", "B/w", "ratio", "enc GB/s", "dec GB/s"]
+    rows = [
+        [
+            row["input"],
+            row["encoding"],
+            f"{row['zeros']:.4f}",
+            f"{row['entropy']:.5f}",
+            f"{row['size']:.5f}",
+            f"{row['size'] / row['entropy']:.3f}",
+            f"{statistics.median(row['encode']):.2f}",
+            spread(row["decode"]),
+        ]
+        for row in document["rows"]
+    ]
+    failed = [f"{codec} did not run: {why}." for codec, why in document["failed"].items()]
+    ours = {row["input"]: row for row in document["rows"] if row["encoding"] in ENCODINGS}
+    goals = [
+        Goal(f"decode, {what}, one core", ours[label(what)]["decode"], limit, "GB/s", at_least=True)
+        for what, limit in GOALS.items()
+    ]
+    return "\n\n".join([origin(document), table(head, rows), *failed, goals_table(goals)])
+
+
 if __name__ == "__main__":
-    main()
+    parser = arguments(__doc__, runs=9)
+    parser.add_argument("--elements", type=int, default=SEGMENT, help="at most one segment")
+    main("encodings", parser.parse_args(), measure, render)

