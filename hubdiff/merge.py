@@ -31,6 +31,7 @@ from hubdiff.stream import (
     span_range,
     workers_for,
 )
+from hubdiff.trimming import Trims
 from hubdiff.writer import OutputFile, Sink
 
 if TYPE_CHECKING:
@@ -46,8 +47,9 @@ def run(plan: MergePlan, sink: Sink, device: torch.device, progress: Progress) -
     progress.start("merging", plan.writes)
     records: list[FileRecord] = []
     index_last = sorted(plan.files, key=lambda file: file.path.endswith(".index.json"))
+    trims = Trims()
     for weights in plan.weights:
-        records.append(_weights(plan, weights, sink, device, progress))
+        records.append(_weights(plan, weights, sink, device, trims, progress))
     for whole in index_last:
         record = _whole(plan, whole, sink)
         if record is not None:
@@ -66,7 +68,7 @@ def _whole(plan: MergePlan, file: WholeFile, sink: Sink) -> FileRecord | None:
         same = finished is not None and finished.sha256 == hash_bytes(file.data)
         return finished if same else sink.put(file.path, file.data)
     assert file.source is not None
-    tree = plan.target.tree if file.origin == "target" else plan.delta.tree
+    tree = file.delta.tree if file.delta else plan.target.tree
     listed = tree.files()[file.source].sha256
     # Small files are not copied by the Hub itself: they come this way and are checked.
     if listed:
@@ -107,7 +109,12 @@ def _copy(reader: ByteReader, file: WholeFile, sink: Sink, where: str) -> FileRe
 
 
 def _weights(
-    plan: MergePlan, file: WeightsFile, sink: Sink, device: torch.device, progress: Progress
+    plan: MergePlan,
+    file: WeightsFile,
+    sink: Sink,
+    device: torch.device,
+    trims: Trims,
+    progress: Progress,
 ) -> FileRecord:
     finished = sink.done(file.path)
     if finished is not None and file.sha256 in (None, finished.sha256):
@@ -117,7 +124,7 @@ def _weights(
     try:
         output.write_at(0, file.header.raw)
         progress.advance(len(file.header.raw))
-        maker = _Maker(plan, file, output, device)
+        maker = _Maker(plan, file, output, device, trims)
         with Lane() as ours, Lane() as theirs:
             checker = _Checker(plan, file, ours, theirs, progress)
             run_ordered(
@@ -149,9 +156,15 @@ class _Maker:
     """Makes blocks of one file of the result and writes them. Threads share it."""
 
     def __init__(
-        self, plan: MergePlan, file: WeightsFile, output: OutputFile, device: torch.device
+        self,
+        plan: MergePlan,
+        file: WeightsFile,
+        output: OutputFile,
+        device: torch.device,
+        trims: Trims,
     ) -> None:
         self._plan, self._file, self._output, self._device = plan, file, output, device
+        self._trims = trims
 
     def make(self, block: Block) -> list[_Made]:
         steps = [(span, self._file.steps[span.entry.name]) for span in block.spans]
@@ -161,25 +174,24 @@ class _Maker:
         made = []
         for span, step in steps:
             source = sources[wanted[span]] if step.source else None
-            result = combine(span, step, source, payloads[span], self._device)
+            result = combine(span, step, source, payloads[span], self._device, self._trims)
             self._output.write_at(span.begin, result)
             made.append(_Made(span, step, result, source, payloads[span]))
         return made
 
 
 def _read_terms(steps: list[tuple[Span, Step]]) -> dict[Span, list[list[SpanBytes]]]:
-    """What each term of each span has; every delta is asked once, for all of its spans."""
-    found: dict[Span, list[list[SpanBytes]]] = {span: [] for span, _ in steps}
+    """What each term of each span has, in the order of its terms; every delta is asked once, for
+    all of its spans."""
+    found: dict[Delta, dict[Span, list[SpanBytes]]] = {}
     for delta in dict.fromkeys(term.delta for _, step in steps for term in step.terms):
-        wanted = [
+        found[delta] = delta.read(
             (span, term.record, term.groups)
             for span, step in steps
             for term in step.terms
             if term.delta is delta
-        ]
-        for span, payloads in delta.read(wanted).items():
-            found[span].append(payloads)
-    return found
+        )
+    return {span: [found[term.delta][span] for term in step.terms] for span, step in steps}
 
 
 class _Checker:
@@ -235,7 +247,7 @@ class _Checker:
             check_hash(digest, record.base, f"{self._plan.target.tree.pin}, tensor {record.name}")
         raise WrongBase(
             f"{record.name} of {self._plan.target.tree.pin} is not that of the delta's base "
-            f"{self._plan.delta.manifest.base.name}",
+            f"{self._plan.deltas[0].delta.manifest.base.name}",
             next_step="Give the very base that the delta was made from.",
         )
 
