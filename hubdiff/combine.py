@@ -12,7 +12,7 @@ from hubdiff import methods, numerics
 from hubdiff.encodings import SEGMENT
 from hubdiff.errors import CorruptPayload
 from hubdiff.payloads import Layers, SpanBytes, decode_segments, difference_of
-from hubdiff.plan import Method, Step, Term
+from hubdiff.plan import Method, Step, Term, float32
 from hubdiff.stream import Span, unit_dtype
 from hubdiff.trimming import Trims
 
@@ -111,7 +111,7 @@ def _merged(
     deltas = [_thinned(step, method, term, delta, segment, trims) for term, delta in found]
     factors = [term.factor for term, _ in found]
     if method.name == "ties":
-        weights = [term.weight for term, _ in found]
+        weights = [float32(term.weight, "a weight") for term, _ in found]
         total = methods.ties(given, deltas, weights, factors)
     else:
         total = methods.linear(given, deltas, factors)

@@ -45,7 +45,7 @@ def ties(
     for delta, vote, weight, factor in zip(deltas, votes, weights, factors, strict=True):
         agrees = ~torch.where(plus, vote <= 0, vote >= 0)
         total = total + torch.where(agrees, delta * factor, 0.0)
-        share = share + agrees * weight
+        share = share + agrees.to(share.dtype) * weight
     return _wide(target) + total / torch.where(share == 0, 1.0, share)
 
 

@@ -4,7 +4,7 @@ Elements are ranked by the magnitude of ``hi``, Δ in the dtype of the model, wi
 above all numbers; of equal ones those with the lower index come first, so that exactly k are kept.
 The part of the delta that holds ``hi`` is read once before the merge (twice where it is float32, 16
 bits of the magnitude at a time), every hash checked. What stays in memory of it meanwhile is how
-often each magnitude occurs in each segment of 2^20 elements: a few thousand magnitudes, about 20 kB.
+often each magnitude occurs in each segment of 2^20 elements: a few thousand of them, some 20 kB.
 """
 
 from __future__ import annotations

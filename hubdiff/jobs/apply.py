@@ -29,6 +29,7 @@ from hubdiff.plan import (
     Method,
     Weighted,
     WholeFile,
+    float32,
     make_plan,
 )
 from hubdiff.progress import Progress, Silent
@@ -193,7 +194,8 @@ def _opened(
 
 
 def weighted_refs(delta: str | Path | Sequence[DeltaRef]) -> list[tuple[ModelRef, float]]:
-    """Every delta that a caller names, with its weight. Raises ``RefError``."""
+    """Every delta that a caller names, with its weight. Raises ``RefError``, or ``CannotApply`` for
+    a weight that float32 can't hold."""
     if isinstance(delta, str | Path):
         delta = [delta]
     if not delta:
@@ -209,6 +211,7 @@ def weighted_refs(delta: str | Path | Sequence[DeltaRef]) -> list[tuple[ModelRef
                 f"{item!r} is neither a ref nor a pair (ref, weight)",
                 next_step='Write [("org/delta", 0.7), "org/other:0.5"].',
             )
+        float32(found[-1][1], f"the weight of {found[-1][0]}")
     return found
 
 

@@ -65,7 +65,7 @@ def make_plan(
     """Plan ``deltas`` onto ``target``. ``method`` None: linear. ``as_transfer`` rules the own-base
     case out. Raises ``CannotApply`` and its kin when they don't go together."""
     scale, filters = scale or Scales(), filters or Filters()
-    _check_weights(deltas, method)
+    _check_method(deltas, method)
     if len(deltas) > 1 and method is None:
         method = Method("linear")
     if len(deltas) == 1 and method is not None and method.name == "linear":
@@ -88,9 +88,7 @@ def make_plan(
     return transfer_plan(deltas, target, scale, filters, method, reason)
 
 
-def _check_weights(deltas: Sequence[Weighted], method: Method | None) -> None:
-    for item in deltas:
-        float32(item.weight, f"the weight of {item.name}")
+def _check_method(deltas: Sequence[Weighted], method: Method | None) -> None:
     ties = method is not None and method.name == "ties"
     if ties and len(deltas) == 1 and deltas[0].weight != 1:
         raise CannotApply(
