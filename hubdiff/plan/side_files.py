@@ -42,9 +42,9 @@ def plan_side_files(deltas: Sequence[Weighted], target: Checkpoint) -> SidePlan:
     notes: list[str] = []
     left_out: dict[str, LeftOut] = {}
     for number, item in enumerate(deltas):
+        name = item.name if len(deltas) > 1 else ""
         before = ", ".join(earlier.name for earlier in deltas[:number])
-        said = item.name + (f" after {before}" if before else "")
-        replay = _Replay(item.delta, target, files, f"{said}: " if len(deltas) > 1 else "")
+        replay = _Replay(item.delta, target, files, name, before)
         files = replay.run()
         notes += replay.notes
         left_out |= {gone.path: gone for gone in replay.left_out if gone.path not in left_out}
@@ -55,12 +55,14 @@ def plan_side_files(deltas: Sequence[Weighted], target: Checkpoint) -> SidePlan:
 @dataclass
 class _Replay:
     """One delta on the files of the target, or of the result so far. Reads the small files it has
-    to compare or merge; everything else is only planned. ``who`` begins its notes."""
+    to compare or merge; everything else is only planned. ``name``, where there are several, and
+    those ``replayed`` before it are for the notes."""
 
     delta: Delta
     target: Checkpoint
     before: dict[str, WholeFile]
-    who: str
+    name: str
+    replayed: str
     notes: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
 
@@ -89,6 +91,12 @@ class _Replay:
         self.left_out.extend(item for item in plan.left_out if item.path != CARD)
         return files
 
+    @property
+    def who(self) -> str:
+        """The beginning of a note."""
+        after = f" after {self.replayed}" if self.replayed else ""
+        return f"{self.name}{after}: " if self.name else ""
+
     def _kept(self, side: SideFile) -> WholeFile:
         file = self.before[side.path]
         if not side.note:
@@ -116,8 +124,9 @@ class _Replay:
             info = listed[path]
             file = WholeFile(path, info.size, "target", path, info.sha256)
             if self._content(file, base[path]) != base[path].sha256:
+                whose = f"{self.name}: " if self.name else ""
                 self.notes.append(
-                    f"{self.who}{path} of the target is not the base's: check that the same rows "
+                    f"{whose}{path} of the target is not the base's: check that the same rows "
                     "stand for the same tokens in both"
                 )
 
