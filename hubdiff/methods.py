@@ -74,8 +74,11 @@ def drawn(identity: str, seed: int, segment: int, count: int, density: float) ->
     """
     key = hashlib.blake2b(f"{seed}\0{identity}".encode(), digest_size=16).digest()
     generator = np.random.Philox(key=np.frombuffer(key, "<u8"), counter=[0, 0, 0, segment])
-    words = generator.random_raw((count + 1) // 2).astype("<u8").view("<u4")[:count]
-    return torch.from_numpy(words < np.uint64(round(density * 2**32)))
+    words = generator.random_raw((count + 1) // 2).astype("<u8", copy=False).view("<u4")[:count]
+    limit = round(density * 2**32)
+    if limit == 2**32:
+        return torch.ones(count, dtype=torch.bool)
+    return torch.from_numpy(words < np.uint32(limit))
 
 
 def _wide(target: Tensor) -> Tensor:

@@ -227,7 +227,9 @@ class MergePlan:
     def peak_memory(self) -> int:
         """An upper estimate in bytes: torch and Python, and the blocks in flight, each with what is
         read, decoded and written."""
-        runtime, per_block = 300 << 20, (5 + 3 * len(self.deltas)) * BLOCK_BYTES
+        # A method holds Δ of each term in float32, and about as much again while it computes.
+        blocks = 8 if self.method is None else 8 + 6 * len(self.deltas)
+        runtime, per_block = 300 << 20, blocks * BLOCK_BYTES
         return runtime + (workers_for(remote=self.remote) + 2) * per_block
 
     def _steps(self) -> Iterator[Step]:
