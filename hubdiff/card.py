@@ -96,40 +96,42 @@ def result_card(
     *,
     repo: str | None,
     name: str | None = None,
-    tuned_card: Mapping[str, Any] | None = None,
+    tuned_cards: Sequence[Mapping[str, Any]] = (),
     target_card: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """The card of a result: a target with a delta added.
+    """The card of a result: a target with one delta or several added.
 
-    ``record`` is ``hubdiff-result.json``. Read here, each of them optional: ``delta``, ``target``,
-    ``base``, ``tuned`` (with repo, commit, name; licence and gated for the last three), ``scale``,
-    ``command`` (a list of arguments), ``side_files`` (path, source, note), ``left_out`` (path,
-    reason), ``notes`` (lines about merged configs), ``added`` and ``kept`` (tensor names).
+    ``record`` is ``hubdiff-result.json``. Read here, each of them optional: ``target`` and
+    ``deltas``, each with its ``weight``, ``base`` and ``tuned`` (all with repo, commit, name;
+    licence and gated for models), ``scale``, ``method``, ``command`` (a list of arguments),
+    ``side_files`` (path, source, note), ``left_out`` (path, reason), ``notes`` (lines about merged
+    configs), ``added`` and ``kept`` (tensor names). ``tuned_cards`` are the metadata of the tuned
+    models' own cards, in the order of the deltas; task and language are the first one's.
     """
-    delta, target = _side(record, "delta"), _side(record, "target")
-    base, tuned = _side(record, "base"), _side(record, "tuned")
-    parents = [
-        _Parent("target", target, target_card or {}),
-        _Parent("tuned model", tuned, tuned_card or {}),
-        _Parent("base of the delta", base),
-    ]
+    target, deltas = _side(record, "target"), [dict(delta) for delta in record.get("deltas") or ()]
+    cards = [*tuned_cards, *({} for _ in deltas[len(tuned_cards) :])]
+    parents = [_Parent("target", target, target_card or {})]
+    for delta, card in zip(deltas, cards, strict=True):
+        of = f" of {delta.get('repo') or delta.get('name')}" if len(deltas) > 1 else ""
+        parents.append(_Parent(f"tuned model{of}", _side(delta, "tuned"), card))
+        parents.append(_Parent(f"base{of or ' of the delta'}", _side(delta, "base")))
+    tuned_card = next(iter(cards), {})
     command = record.get("command")
     metadata = {
         **_licence(parents),
         **_task(tuned_card),
         "library_name": _library(tuned_card),
         "tags": ["hubdiff", "merge"],
-        **_parents([target, delta], "merge"),
+        **_parents([target, *deltas], "merge"),
     }
     return _render(
         "result_card.md",
         metadata,
         title=repo or name or "result",
-        delta=delta,
+        deltas=deltas,
         target=target,
-        base=base if record.get("base") else None,
-        tuned=tuned if record.get("tuned") else None,
-        scale=record.get("scale", 1.0),
+        scale=_scale_text(record.get("scale", 1.0)),
+        method=record.get("method"),
         command=command if isinstance(command, str | None) else shlex.join(map(str, command)),
         side_files=record.get("side_files") or (),
         left_out=_by_reason(record.get("left_out") or ()),
@@ -242,6 +244,12 @@ def _absolute(link: object, model: Mapping[str, Any]) -> str | None:
     if ":" in link or not markdown.is_repo_id(model.get("repo")):
         return None
     return f"https://huggingface.co/{model['repo']}/blob/{model.get('commit') or 'main'}/{link}"
+
+
+def _scale_text(scale: float | Mapping[str, float]) -> str:
+    if not isinstance(scale, Mapping):
+        return str(scale)
+    return ", ".join(f"{value} for {glob}" for glob, value in scale.items())
 
 
 def _task(card: Mapping[str, Any] | None) -> dict[str, Any]:

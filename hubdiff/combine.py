@@ -6,12 +6,15 @@ Bytes in, bytes out; where they come from and what they must hash to is not know
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-from hubdiff import kernels
+from hubdiff import methods, numerics
+from hubdiff.encodings import SEGMENT
 from hubdiff.errors import CorruptPayload
 from hubdiff.payloads import Layers, SpanBytes, decode_segments, difference_of
-from hubdiff.plan import Step, Term
+from hubdiff.plan import Method, Step, Term, float32
 from hubdiff.stream import Span, unit_dtype
+from hubdiff.trimming import Trims
 
 
 def combine(
@@ -19,26 +22,37 @@ def combine(
     step: Step,
     source: memoryview | None,
     payloads: list[list[SpanBytes]],
-    device: str,
+    device: torch.device,
+    trims: Trims,
 ) -> memoryview:
     """The bytes of ``span`` in the result. ``source`` are the target's bytes for it, ``payloads``
-    what each term of ``step`` has for it. Raises ``CorruptPayload``."""
+    what each term of ``step`` has for it; ``trims`` finds the thresholds of TIES. Raises
+    ``CorruptPayload``."""
     if source is not None and step.source is not None:
         if not any(payloads) and step.source.entry.dtype == step.entry.dtype:
             return source
         given = np.frombuffer(source, unit_dtype(step.source.entry.dtype))
     else:
         given = None
-    (term,) = step.terms
     out = np.empty(span.units, unit_dtype(span.entry.dtype))
-    for units, layers in decode_segments(span, payloads[0], str(term.delta.tree.pin)):
+    decoded = [
+        decode_segments(span, found, str(term.delta.tree.pin))
+        for term, found in zip(step.terms, payloads, strict=True)
+    ]
+    for pieces in zip(*decoded, strict=True):
+        units, layers = pieces[0][0], [found for _, found in pieces]
         target = None if given is None else given[units]
-        out[units] = _segment(step, term, target, layers, device)
+        if step.method is None:
+            out[units] = _segment(step, step.terms[0], target, layers[0], device)
+        else:
+            assert target is not None
+            segment = (span.first + units.start) // SEGMENT
+            out[units] = _merged(step, step.method, target, layers, segment, device, trims)
     return out.view(np.uint8).data
 
 
 def _segment(
-    step: Step, term: Term, target: np.ndarray | None, layers: Layers, device: str
+    step: Step, term: Term, target: np.ndarray | None, layers: Layers, device: torch.device
 ) -> np.ndarray:
     """The bits of one segment of the result."""
     if "raw" in layers:
@@ -49,56 +63,81 @@ def _segment(
         assert chosen is not None
         return chosen
     assert target is not None
-    if not needs_torch(step, device):
-        quick = _add_bf16(target, layers)
-        if quick is not None:
-            return quick
-    return _add(step, term, target, layers, device)
-
-
-def needs_torch(step: Step, device: str) -> bool:
-    """Whether more is needed than what the kernels for bf16 on the CPU can do."""
-    dtypes = {step.entry.dtype, *(part.dtype for term in step.terms for part in term.parts)}
-    if step.source is None or all(p.layers == ("raw",) for t in step.terms for p in t.parts):
-        return step.source is not None and step.source.entry.dtype != step.entry.dtype
-    plain = len(step.terms) == 1 and step.terms[0].scale == 1.0
-    return not (device == "cpu" and plain and dtypes | {step.source.entry.dtype} == {"BF16"})
-
-
-def _add_bf16(target: np.ndarray, layers: Layers) -> np.ndarray | None:
-    """None where ``_add`` has to decide: what came out is no number, or there are exact bits."""
-    hi, lo = layers.get("hi"), layers.get("lo")
-    if layers.get("ulp") is not None or (hi is None and lo is not None):
-        return None
-    if hi is None:
-        return target
-    out = np.empty_like(target)
-    numbers = kernels.add(target, hi, out)
-    if lo is not None:
-        numbers &= kernels.add_tail(target, hi, lo, np.flatnonzero(lo != 0), out)
-    return out if numbers else None
-
-
-def _add(step: Step, term: Term, target: np.ndarray, layers: Layers, device: str) -> np.ndarray:
-    """Any dtypes, any scale, any device."""
-    from hubdiff import numerics
-
     assert step.source is not None
     dtype = numerics.DTYPES[step.entry.dtype]
-    result = numerics.from_bits(target, step.source.entry.dtype)
-    carrier = next((part for part in term.parts if {"hi", "lo"} & set(part.layers)), None)
-    delta = difference_of(carrier, layers) if carrier else None
-    if delta is None:
-        result = numerics.cast(result, dtype)
+    given = numerics.from_bits(target, step.source.entry.dtype)
+    delta = _difference(term, layers)
+    if delta is not None:
+        moved = _moved(delta, device)
+        result = numerics.add(given.to(device), moved, term.factor, dtype).cpu()
     else:
-        hi, lo = (None if part is None else part.to(device) for part in delta)
-        assert hi is not None
-        moved = numerics.Difference(hi, lo)
-        result = numerics.add(result.to(device), moved, term.scale, dtype).cpu()
+        result = numerics.cast(given, dtype)
     ulp = layers.get("ulp")
     if ulp is not None:
-        import torch
-
         zigzagged = torch.from_numpy(ulp.view(f"<i{ulp.itemsize}"))
         result = numerics.correct(result, zigzagged)
     return numerics.to_bits(result)
+
+
+def _difference(term: Term, layers: Layers) -> numerics.Difference | None:
+    carrier = next((part for part in term.parts if {"hi", "lo"} & set(part.layers)), None)
+    return difference_of(carrier, layers) if carrier else None
+
+
+def _moved(delta: numerics.Difference, device: torch.device) -> numerics.Difference:
+    return numerics.Difference(
+        delta.hi.to(device), None if delta.lo is None else delta.lo.to(device)
+    )
+
+
+def _merged(
+    step: Step,
+    method: Method,
+    target: np.ndarray,
+    layers: list[Layers],
+    segment: int,
+    device: torch.device,
+    trims: Trims,
+) -> np.ndarray:
+    """The bits of one segment of the result where a method merges its terms."""
+    found = [
+        (term, _moved(delta, device))
+        for term, own in zip(step.terms, layers, strict=True)
+        if (delta := _difference(term, own)) is not None
+    ]
+    if not found:
+        return target
+    given = numerics.from_bits(target, step.entry.dtype).to(device)
+    deltas = [_thinned(step, method, term, delta, segment, trims) for term, delta in found]
+    factors = [term.factor for term, _ in found]
+    if method.name == "ties":
+        weights = [float32(term.weight, "a weight") for term, _ in found]
+        total = methods.ties(given, deltas, weights, factors)
+    else:
+        total = methods.linear(given, deltas, factors)
+    untouched = torch.stack([delta == 0 for delta in deltas]).all(0)
+    dtype = numerics.DTYPES[step.entry.dtype]
+    return numerics.to_bits(numerics.settle(total, given, dtype, untouched).cpu())
+
+
+def _thinned(
+    step: Step,
+    method: Method,
+    term: Term,
+    delta: numerics.Difference,
+    segment: int,
+    trims: Trims,
+) -> torch.Tensor:
+    """Δ of one segment in float32, with what the method takes away from it."""
+    whole = numerics.as_float32(delta)
+    if method.density == 1:
+        return whole
+    if method.name == "ties":
+        trim = trims.of(term, step.entry, method.density)
+        patterns = numerics.bits(delta.hi)
+        magnitude = patterns & torch.iinfo(patterns.dtype).max
+        return methods.trimmed(whole, magnitude, trim.threshold, int(trim.ties[segment]))
+    record = term.record
+    identity = f"{record.name}\0{record.base}\0{record.tuned}"
+    kept = methods.drawn(identity, method.seed, segment, len(whole), method.density)
+    return methods.dropped(whole, kept.to(whole.device), method.density)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hubdiff.combine import combine, needs_torch
 from hubdiff.delta import Delta
 from hubdiff.errors import IntegrityError, WrongBase
 from hubdiff.files import ByteReader
@@ -22,6 +21,7 @@ from hubdiff.manifest import FileRecord, TensorRecord
 from hubdiff.payloads import PayloadHashes, SpanBytes
 from hubdiff.plan import OWN_BASE, MergePlan, Step, WeightsFile, WholeFile
 from hubdiff.progress import Progress
+from hubdiff.quick import combine_quick, needs_torch
 from hubdiff.stream import (
     Block,
     Span,
@@ -31,6 +31,7 @@ from hubdiff.stream import (
     span_range,
     workers_for,
 )
+from hubdiff.trimming import Trims
 from hubdiff.writer import OutputFile, Sink
 
 if TYPE_CHECKING:
@@ -55,9 +56,10 @@ def run(
     files = in_order(plan) if files is None else files
     progress.start("merging", sum(map(written, files)))
     records: list[FileRecord] = []
+    trims = Trims()
     for file in files:
         if isinstance(file, WeightsFile):
-            records.append(_weights(plan, file, sink, device, progress))
+            records.append(_weights(plan, file, sink, device, trims, progress))
             continue
         record = _whole(plan, file, sink)
         if record is not None:
@@ -87,7 +89,7 @@ def _whole(plan: MergePlan, file: WholeFile, sink: Sink) -> FileRecord | None:
         same = finished is not None and finished.sha256 == hash_bytes(file.data)
         return finished if same else sink.put(file.path, file.data)
     assert file.source is not None
-    tree = plan.target.tree if file.origin == "target" else plan.delta.tree
+    tree = file.delta.tree if file.delta else plan.target.tree
     listed = tree.files()[file.source].sha256
     # Small files are not copied by the Hub itself: they come this way and are checked.
     if listed:
@@ -128,7 +130,12 @@ def _copy(reader: ByteReader, file: WholeFile, sink: Sink, where: str) -> FileRe
 
 
 def _weights(
-    plan: MergePlan, file: WeightsFile, sink: Sink, device: str, progress: Progress
+    plan: MergePlan,
+    file: WeightsFile,
+    sink: Sink,
+    device: str,
+    trims: Trims,
+    progress: Progress,
 ) -> FileRecord:
     finished = sink.done(file.path)
     if finished is not None and file.sha256 in (None, finished.sha256):
@@ -138,7 +145,7 @@ def _weights(
     try:
         output.write_at(0, file.header.raw)
         progress.advance(len(file.header.raw))
-        maker = _Maker(plan, file, output, device)
+        maker = _Maker(plan, file, output, device, trims)
         with Lane() as ours, Lane() as theirs:
             checker = _Checker(plan, file, ours, theirs, progress)
             run_ordered(
@@ -169,8 +176,16 @@ class _Made:
 class _Maker:
     """Makes blocks of one file of the result and writes them. Threads share it."""
 
-    def __init__(self, plan: MergePlan, file: WeightsFile, output: OutputFile, device: str) -> None:
+    def __init__(
+        self,
+        plan: MergePlan,
+        file: WeightsFile,
+        output: OutputFile,
+        device: str,
+        trims: Trims,
+    ) -> None:
         self._plan, self._file, self._output, self._device = plan, file, output, device
+        self._trims = trims
 
     def make(self, block: Block) -> list[_Made]:
         steps = [(span, self._file.steps[span.entry.name]) for span in block.spans]
@@ -180,25 +195,41 @@ class _Maker:
         made = []
         for span, step in steps:
             source = sources[wanted[span]] if step.source else None
-            result = combine(span, step, source, payloads[span], self._device)
+            result = self._combined(span, step, source, payloads[span])
             self._output.write_at(span.begin, result)
             made.append(_Made(span, step, result, source, payloads[span]))
         return made
 
+    def _combined(
+        self,
+        span: Span,
+        step: Step,
+        source: memoryview | None,
+        payloads: list[list[SpanBytes]],
+    ) -> memoryview:
+        if not needs_torch(step, self._device):
+            result = combine_quick(span, step, source, payloads)
+            if result is not None:
+                return result
+        import torch
+
+        from hubdiff.combine import combine
+
+        return combine(span, step, source, payloads, torch.device(self._device), self._trims)
+
 
 def _read_terms(steps: list[tuple[Span, Step]]) -> dict[Span, list[list[SpanBytes]]]:
-    """What each term of each span has; every delta is asked once, for all of its spans."""
-    found: dict[Span, list[list[SpanBytes]]] = {span: [] for span, _ in steps}
+    """What each term of each span has, in the order of its terms; every delta is asked once, for
+    all of its spans."""
+    found: dict[Delta, dict[Span, list[SpanBytes]]] = {}
     for delta in dict.fromkeys(term.delta for _, step in steps for term in step.terms):
-        wanted = [
+        found[delta] = delta.read(
             (span, term.record, term.groups)
             for span, step in steps
             for term in step.terms
             if term.delta is delta
-        ]
-        for span, payloads in delta.read(wanted).items():
-            found[span].append(payloads)
-    return found
+        )
+    return {span: [found[term.delta][span] for term in step.terms] for span, step in steps}
 
 
 class _Checker:
@@ -254,7 +285,7 @@ class _Checker:
             check_hash(digest, record.base, f"{self._plan.target.tree.pin}, tensor {record.name}")
         raise WrongBase(
             f"{record.name} of {self._plan.target.tree.pin} is not that of the delta's base "
-            f"{self._plan.delta.manifest.base.name}",
+            f"{self._plan.deltas[0].delta.manifest.base.name}",
             next_step="Give the very base that the delta was made from.",
         )
 

@@ -140,6 +140,22 @@ def _keep(result: Tensor, target: Tensor, where: Tensor) -> None:
     bits(result)[where] = bits(cast(target, result.dtype))[where]
 
 
+def as_float32(delta: Difference) -> Tensor:
+    """Δ in float32: ``hi + lo``, rounded once where they need more than its 24 bits."""
+    wide = delta.hi.float()
+    return wide if delta.lo is None else wide + delta.lo.float()
+
+
+def settle(total: Tensor, target: Tensor, dtype: torch.dtype, untouched: Tensor) -> Tensor:
+    """``total``, a sum that starts from ``target``, rounded once to ``dtype``; the target's bits
+    where it is ``untouched``. ``total`` may be overwritten."""
+    result = total.to(dtype)
+    if not _all_finite(result):
+        _quieten(result)
+    _keep(result, target, untouched)
+    return result
+
+
 def cast(values: Tensor, dtype: torch.dtype) -> Tensor:
     """``values`` in ``dtype``, the same bits on every machine."""
     if values.dtype == dtype:

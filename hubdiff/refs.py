@@ -8,6 +8,8 @@ Accepted texts: ``org/name``, ``org/name@revision``, ``hf://org/name[@revision]`
 that starts with ``./``, ``../``, ``/`` or ``~`` is a path and one that starts with ``hf://`` is a
 repo; any other text is the folder of that name if there is one, else a repo, the rule that
 ``from_pretrained`` follows. ``parse(str(ref)) == ref`` for every ref.
+
+A delta may be given with a weight, ``org/name:0.7``: see ``parse_weighted``.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ _SCHEME = "hf://"
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPO = re.compile(rf"{_PART}(?:/{_PART})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_WEIGHT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.IGNORECASE)
 # What git forbids in the name of a branch or tag (git-check-ref-format).
 _BAD_REVISION = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^/|/$|\.$|\.lock$")
 
@@ -87,6 +90,18 @@ class PinnedRef:
 
     def __str__(self) -> str:
         return _print_path(self.path) if self.path is not None else f"{self.repo}@{self.commit}"
+
+
+def parse_weighted(text: str | os.PathLike[str]) -> tuple[ModelRef, float]:
+    """A ref with its weight: what follows the last ``:`` when that is a number and a ref stands
+    before it, else 1. A folder or file whose own name ends so is that, without a weight. Raises
+    ``RefError``; whether float32 can hold the weight is not asked here."""
+    if isinstance(text, os.PathLike) or os.path.exists(os.path.expanduser(text)):
+        return ModelRef.parse(text), 1.0
+    head, colon, tail = text.rpartition(":")
+    if not colon or not _WEIGHT.fullmatch(tail):
+        return ModelRef.parse(text), 1.0
+    return ModelRef.parse(head), float(tail)
 
 
 def _looks_like_path(text: str) -> bool:

@@ -18,15 +18,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a module imports at its top only from its own line or the ones before.
 LAYERS = [
     {"_version", "errors", "progress", "refs", "markdown", "memory"},
-    {"ranks", "files", "configs", "sidecars", "lineage", "fields", "names", "picture", "kernels"},
-    {"facts", "safetensors_io", "summary", "encodings", "numerics", "hub"},
+    {"ranks", "files", "configs", "sidecars", "lineage", "fields", "names", "picture", "kernels"}
+    | {"scales"},
+    {"facts", "safetensors_io", "summary", "encodings", "numerics", "methods", "hub"},
     {"manifest", "checkpoint", "card"},
     {"stream", "pair", "compare"},
     {"hashing"},
     {"payloads", "writer"},
     {"layers", "delta"},
     {"extract", "plan"},
-    {"combine", "dense"},
+    {"trimming", "dense", "quick"},
+    {"combine"},
     {"merge"},
     {"jobs"},
     {"devhub", "toy_family"},

@@ -59,10 +59,16 @@ MANIFEST: dict[str, Any] = {
 RECORD: dict[str, Any] = {
     "case": "transfer",
     "scale": 0.5,
-    "delta": {"repo": "me/delta", "commit": "d" * 40},
     "target": {"repo": "org/base-v2", "commit": "e" * 40, "licence": "llama3.1", "gated": True},
-    "base": MANIFEST["base"],
-    "tuned": MANIFEST["tuned"],
+    "deltas": [
+        {
+            "repo": "me/delta",
+            "commit": "d" * 40,
+            "weight": 1.0,
+            "base": MANIFEST["base"],
+            "tuned": MANIFEST["tuned"],
+        }
+    ],
     "command": ["hubdiff", "apply", "me/delta", "--to", "my base"],
     "side_files": [{"path": "config.json", "source": "merged", "note": "both | changed it"}],
     "left_out": [{"path": "a.gguf", "reason": "another copy of the weights (GGUF)"}],
@@ -198,7 +204,8 @@ def test_only_a_licence_the_hub_lists_is_stated_by_its_id(
     sides = {name: {"repo": None, "licence": licence, "name": "mine"} for name in ("base", "tuned")}
     found = metadata(str(delta_card(changed(MANIFEST, **sides), repo="me/delta")))
     assert {key: found[key] for key in found if key.startswith("license")} == expected
-    record = changed(RECORD, target=sides["base"], **sides)
+    delta = {**RECORD["deltas"][0], **sides}
+    record = changed(RECORD, target=sides["base"], deltas=[delta])
     found = metadata(str(result_card(record, repo="me/result")))
     assert {key: found[key] for key in found if key.startswith("license")} == expected
 
@@ -308,10 +315,8 @@ def named(text: str) -> tuple[dict[str, Any], dict[str, Any]]:
     manifest["tensors"][0]["parts"][0]["encoding"] = text
     record = changed(
         RECORD,
-        delta=side,
+        deltas=[{**side, "weight": 1.0, "base": side, "tuned": side}],
         target=side,
-        base=side,
-        tuned=side,
         command=["hubdiff", text],
         side_files=[{"path": text, "source": "tuned", "note": text}],
         left_out=[{"path": text, "reason": text}],

@@ -161,7 +161,7 @@ def test_a_result_pins_what_it_was_made_from_by_content(tmp_path: Path) -> None:
     hubdiff.push_delta(tuned, delta, base=base)
     hubdiff.apply(delta, target, output=tmp_path / "out")
     record = json.loads((tmp_path / "out" / "hubdiff-result.json").read_text())
-    assert record["delta"]["manifest_sha256"] == models.hashes(delta)["hubdiff.json"]
+    assert record["deltas"][0]["manifest_sha256"] == models.hashes(delta)["hubdiff.json"]
     size = (target / "model.safetensors").stat().st_size
     assert [(file["path"], file["size"]) for file in record["target"]["files"]] == [
         ("model.safetensors", size)

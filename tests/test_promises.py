@@ -733,10 +733,11 @@ def test_every_ref_is_pinned_and_every_tensor_fingerprinted(
 
     apply(delta, family.target_repo, output=tmp_path / "result")
     record = json.loads((tmp_path / "result" / RECORD).read_text())
-    assert record["delta"]["commit"] == on_hub.head(devhub, delta)
+    (given,) = record["deltas"]
+    assert given["commit"] == on_hub.head(devhub, delta)
     assert record["target"]["commit"] == pinned["target"]
-    assert record["base"]["commit"] == pinned["base"]
-    assert record["tuned"]["commit"] == pinned["tuned"]
+    assert given["base"]["commit"] == pinned["base"]
+    assert given["tuned"]["commit"] == pinned["tuned"]
 
 
 def fingerprint(tensor: torch.Tensor) -> str:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hubdiff.errors import RefError
-from hubdiff.refs import ModelRef, PinnedRef
+from hubdiff.refs import ModelRef, PinnedRef, parse_weighted
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -117,3 +117,53 @@ def test_a_ref_is_a_repo_or_a_folder(
 ) -> None:
     with pytest.raises(ValueError, match=r"repo|revision"):
         ModelRef(repo=repo_name, revision=revision, path=path)
+
+
+WEIGHTED = [
+    # text, ref, weight
+    ("org/name", repo("org/name"), 1.0),
+    ("org/name:0.7", repo("org/name"), 0.7),
+    ("org/name@rev:0.7", repo("org/name", "rev"), 0.7),
+    ("hf://org/name@rev:0.7", repo("org/name", "rev"), 0.7),
+    ("hf://org/name", repo("org/name"), 1.0),
+    ("gpt2:-.5", repo("gpt2"), -0.5),
+    ("gpt2:+2", repo("gpt2"), 2.0),
+    ("gpt2:1.", repo("gpt2"), 1.0),
+    ("gpt2:1e-3", repo("gpt2"), 1e-3),
+    ("gpt2:0", repo("gpt2"), 0.0),
+    ("./folder:0.7", folder("folder"), 0.7),
+    ("./folder", folder("folder"), 1.0),
+    ("./folder:x", folder("folder:x"), 1.0),
+    ("./a:b:2", folder("a:b"), 2.0),
+    ("/x/y:0.5", folder("/x/y"), 0.5),
+    ("../x:0.5", folder("../x"), 0.5),
+]
+
+
+@pytest.mark.parametrize(("text", "ref", "weight"), WEIGHTED)
+def test_a_ref_with_a_weight(text: str, ref: ModelRef, weight: float) -> None:
+    assert parse_weighted(text) == (ref, weight)
+
+
+@pytest.mark.parametrize("text", ["org/name:x", "org/name:", ":0.7", "", "org/name:1_0", "a b:0.7"])
+def test_what_is_neither_a_ref_nor_has_a_weight_is_refused(text: str) -> None:
+    with pytest.raises(RefError):
+        parse_weighted(text)
+
+
+def test_a_folder_whose_name_ends_like_a_weight_is_that_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("tuned:0.7", "tuned"):
+        (tmp_path / name).mkdir()
+    assert parse_weighted("./tuned:0.7") == (folder("tuned:0.7"), 1.0)
+    assert parse_weighted("tuned:0.7") == (folder("tuned:0.7"), 1.0)
+    assert parse_weighted("tuned:0.7:0.5") == (folder("tuned:0.7"), 0.5)
+    assert parse_weighted("tuned:0.5") == (folder("tuned"), 0.5)
+    assert parse_weighted(Path("tuned:0.5")) == (folder("tuned:0.5"), 1.0)
+
+
+def test_a_weight_that_is_no_number_is_still_one() -> None:
+    """It is refused as a weight, not as part of a name."""
+    assert parse_weighted("org/name:inf") == (repo("org/name"), float("inf"))

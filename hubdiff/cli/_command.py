@@ -57,19 +57,21 @@ json_output = click.option(
 
 
 class Scale(click.ParamType):
-    """A factor that float32 can hold, which is what the arithmetic takes."""
+    """``A`` or ``GLOB=A``, where A is a factor that float32 can hold, which is what the arithmetic
+    takes: as (glob or None, factor)."""
 
     name = "number"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
+    ) -> tuple[str | None, float]:
+        glob, equals, number = str(value).rpartition("=")
         try:
-            scale = float(value)
+            scale = float(number)
             finite = scale - scale == 0
             struct.pack("<f", scale)  # the native "f" would make it infinite
         except (ValueError, OverflowError):
             finite = False
         if not finite:
-            self.fail(f"{value!r} is not a finite number", param, ctx)
-        return scale
+            self.fail(f"{number!r} is not a finite number", param, ctx)
+        return (glob if equals else None), scale

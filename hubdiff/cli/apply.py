@@ -1,4 +1,4 @@
-"""``hubdiff apply``: a delta onto a target."""
+"""``hubdiff apply``: one delta or several onto a target."""
 
 from __future__ import annotations
 
@@ -16,22 +16,47 @@ if TYPE_CHECKING:
 
 @click.command(
     "apply",
-    short_help="Put a delta on a model: its own base or another.",
+    short_help="Put deltas on a model: the own base or another.",
     cls=shared.Command,
-    usage="DELTA --to TARGET (--output DIR | --push-to REPO) [OPTIONS]",
+    usage="DELTA[:WEIGHT]... --to TARGET (--output DIR | --push-to REPO) [OPTIONS]",
     examples=(
         "hubdiff apply me/tuned-delta --to org/base --output ./tuned",
         "hubdiff apply me/tuned-delta --to org/base-v2 --push-to me/tuned-v2",
         "hubdiff apply me/tuned-delta --to org/base-v2 --output ./half --scale 0.5",
+        "hubdiff apply me/tuned-delta --to org/base-v2 --output ./half "
+        "--scale 'model.layers.{0..7}.*=0.5'",
+        "hubdiff apply me/a-delta:0.7 me/b-delta:0.5 --to org/base-v2 --output ./both",
+        "hubdiff apply me/a-delta me/b-delta --to org/base-v2 --output ./both --method ties",
         "hubdiff apply me/tuned-delta --to org/base-v2 --output ./tuned-v2 --dry-run",
     ),
 )
-@click.argument("delta")
+@click.argument("delta", nargs=-1, required=True)
 @click.option("--to", required=True, metavar="TARGET", help="The model to put it on.")
 @click.option("--output", metavar="DIR", help="Write the result into this folder.")
 @click.option("--push-to", metavar="REPO", help="Publish the result as this repo on the Hub.")
 @click.option(
-    "--scale", type=shared.Scale(), default=1.0, metavar="A", help="Add A · Δ. Default: 1."
+    "--scale",
+    type=shared.Scale(),
+    multiple=True,
+    metavar="[GLOB=]A",
+    help="Add A · Δ, to all tensors or those that match; repeatable, the last match wins. "
+    "Default: 1.",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["linear", "ties", "dare"]),
+    default="linear",
+    metavar="METHOD",
+    help="How deltas are merged: linear, ties or dare. Default: linear.",
+)
+@click.option(
+    "--density",
+    type=float,
+    metavar="D",
+    help="The share of Δ that ties keeps (default: 0.2) or dare draws.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), metavar="N", help="Of the draw of dare. Default: 0."
 )
 @click.option(
     "--device",
@@ -47,11 +72,15 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the plan; read no weights, write nothing.")
 @shared.json_output
 @pass_session
-def command(session: Session, delta: str, **options: Any) -> None:
-    """Put DELTA on TARGET.
+def command(session: Session, delta: tuple[str, ...], **options: Any) -> None:
+    """Put DELTA, or several, on TARGET.
 
     On the delta's own base, recognised by content, the tuned model comes back: every file, byte for
     byte. On any other base of the family the result is TARGET + A · Δ, rounded once.
+
+    Several deltas, each with a WEIGHT (1 unless given), are added as a weighted sum in float32,
+    rounded once; --method ties resolves their signs first, --method dare draws what is kept of
+    each. A GLOB is matched with the delta's tensor names; {0..7} and {a,b} work as in a shell.
 
     A run with --output that was stopped goes on where it was when the same command is run again.
     """
@@ -60,6 +89,8 @@ def command(session: Session, delta: str, **options: Any) -> None:
         raise click.UsageError("give either --output DIR or --push-to REPO")
     if output is not None and (options["pr"] or options["private"]):
         raise click.UsageError("--pr and --private go with --push-to REPO")
+    _check_settings(options)
+    options["scale"] = _scales(options["scale"])
 
     from hubdiff.jobs.apply import apply
 
@@ -69,10 +100,38 @@ def command(session: Session, delta: str, **options: Any) -> None:
         else f"Stopped. {output} is as it was; run the same command again to go on from here."
     )
     with session.working_together(if_stopped=stopped) as (progress, ranks):
-        applied = apply(delta, **options, command=session.command, progress=progress, ranks=ranks)
+        applied = apply(
+            list(delta), **options, command=session.command, progress=progress, ranks=ranks
+        )
         if options["pr"] and not applied.dry_run and applied.pr_url is None:
             progress.note(f"{applied.where} {shared.NO_PR}")
     session.show(applied.as_json(), lambda page: _draw(page, applied))
+
+
+def _check_settings(options: dict[str, Any]) -> None:
+    method, density, seed = options["method"], options["density"], options["seed"]
+    if density is not None and method == "linear":
+        raise click.UsageError("--density goes with --method ties or dare")
+    if seed is not None and method != "dare":
+        raise click.UsageError("--seed goes with --method dare")
+    if density is None and method == "dare":
+        raise click.UsageError("--method dare needs --density D, for example 0.1")
+    if density is not None and not 0 < density <= 1:
+        raise click.UsageError("--density is a share: 0 < D <= 1")
+
+
+def _scales(given: tuple[tuple[str | None, float], ...]) -> float | dict[str, float]:
+    """What the library takes: a number, or globs in order, one for all the others first."""
+    alone = [scale for glob, scale in given if glob is None]
+    if len(alone) > 1:
+        raise click.UsageError("give one --scale A; others take a glob: --scale GLOB=A")
+    default = alone[0] if alone else 1.0
+    scales = {"*": default}
+    for glob, scale in given:
+        if glob is not None:
+            scales.pop(glob, None)  # the last one counts, and it counts from its own place
+            scales[glob] = scale
+    return scales if len(scales) > 1 or "*" not in scales else scales["*"]
 
 
 def _draw(page: Page, applied: Applied) -> None:
@@ -111,8 +170,31 @@ def _planned(applied: Applied) -> list[dict[str, Any]]:
 
 
 def _case(plan: dict[str, Any]) -> str:
-    scale = "" if plan["scale"] == 1.0 else f" at scale {plan['scale']:g}"
-    return f"{plan['case']}{scale}"
+    scale = plan["scale"]
+    if isinstance(scale, dict):
+        return f"{plan['case']}, scaled by tensor"
+    return plan["case"] if scale == 1.0 else f"{plan['case']} at scale {scale:g}"
+
+
+def _inputs(plan: dict[str, Any]) -> list[tuple[str, str | None]]:
+    """What goes into a merge, line by line."""
+    several = len(plan["deltas"]) > 1
+    fields: list[tuple[str, str | None]] = [
+        (
+            "delta",
+            f"{item['weight']:g} × {item['delta']}"
+            if several or item["weight"] != 1
+            else item["delta"],
+        )
+        for item in plan["deltas"]
+    ]
+    method = plan["method"]
+    if method:
+        said = [f"{key} {value:g}" for key, value in method.items() if key != "name"]
+        fields.append(("method", ", ".join([method["name"], *said])))
+    if isinstance(plan["scale"], dict):
+        fields += [("scale", f"{scale:g} for {glob}") for glob, scale in plan["scale"].items()]
+    return fields
 
 
 def _draw_plan(page: Page, applied: Applied) -> None:
@@ -123,7 +205,7 @@ def _draw_plan(page: Page, applied: Applied) -> None:
         [
             ("case", _case(plan)),
             ("because", plan["reason"]),
-            ("delta", plan["delta"]),
+            *_inputs(plan),
             ("target", plan["target"]),
             ("result", applied.where),
         ]

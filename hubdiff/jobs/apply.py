@@ -1,4 +1,4 @@
-"""apply: a delta onto a target, as a folder or as a repo on the Hub."""
+"""apply: one delta or several onto a target, as a folder or as a repo on the Hub."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import ctypes
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from hubdiff._version import __version__
 from hubdiff.card import result_card
 from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint
-from hubdiff.delta import Delta, open_delta_tree
+from hubdiff.delta import open_delta_tree
 from hubdiff.errors import CannotApply, RefError, WrongBase
 from hubdiff.facts import RepoFacts, facts, facts_in, note_problems
 from hubdiff.files import FileTree
@@ -23,16 +23,30 @@ from hubdiff.hashing import hash_bytes
 from hubdiff.jobs.together import conclude, glimpse, hand_in, open_alike, publish
 from hubdiff.manifest import FileRecord
 from hubdiff.pair import Filters
-from hubdiff.plan import CARD, OWN_BASE, MergePlan, WeightsFile, WholeFile, make_plan
+from hubdiff.plan import (
+    CARD,
+    METHODS,
+    OWN_BASE,
+    MergePlan,
+    Method,
+    Weighted,
+    WeightsFile,
+    WholeFile,
+    float32,
+    make_plan,
+)
 from hubdiff.progress import Progress, Silent
 from hubdiff.ranks import ALONE, Ranks
-from hubdiff.refs import ModelRef
+from hubdiff.refs import ModelRef, parse_weighted
+from hubdiff.scales import Scales
 from hubdiff.writer import RESULT, Sink, open_sink, output_folder
 
 RECORD = RESULT.marker
 # Whole files up to this size, such as configs and tokenizers, are rank 0's; larger ones are shared.
 SMALL_FILE = 16 << 20
-_LARGEST_FLOAT32 = 3.4028234663852886e38
+# A delta as a caller names it: a ref, which may end in ":WEIGHT", or a ref and its weight.
+DeltaRef = str | Path | tuple[str | Path, float]
+TIES_DENSITY = 0.2
 
 
 @dataclass(frozen=True)
@@ -68,12 +82,15 @@ class Applied:
 
 
 def apply(
-    delta: str | Path,
+    delta: str | Path | Sequence[DeltaRef],
     to: str | Path,
     *,
     output: str | Path | None = None,
     push_to: str | None = None,
-    scale: float = 1.0,
+    scale: float | Mapping[str, float] = 1.0,
+    method: str = "linear",
+    density: float | None = None,
+    seed: int | None = None,
     device: str = "auto",
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
@@ -86,15 +103,21 @@ def apply(
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> Applied:
-    """Put ``delta`` on the model ``to``.
+    """Put ``delta``, or several, on the model ``to``.
 
     On the delta's own base (recognised by content) every file of the tuned repo comes back, sha256
     by sha256. On any other target the result is ``round(target + scale · Δ)``, rounded once.
+    Several deltas are merged by ``method`` in float32, rounded once.
 
     Args:
-        delta, to: refs (``org/name``, ``org/name@revision``, ``hf://…``) or folders.
+        delta, to: refs (``org/name``, ``org/name@revision``, ``hf://…``) or folders. ``delta`` may
+            be a list; each of its refs may end in ``:WEIGHT``, or be a pair (ref, weight).
         output, push_to: exactly one: a folder, or a repo on the Hub.
-        scale: α, taken as a float32 number.
+        scale: α, taken as a float32 number; or a mapping from globs on the delta's tensor names to
+            numbers, of which the last that matches wins (``{"model.layers.{0..7}.*": 0.5}``).
+        method: ``linear`` (the weighted sum), ``ties`` or ``dare``.
+        density: the share of each Δ that ``ties`` keeps (0.2 unless given) or ``dare`` draws.
+        seed: of the draw of ``dare``; 0 unless given.
         device: ``auto`` (CUDA where there is one, else CPU), ``cpu``, ``cuda[:N]``, ``mps``.
         include, exclude: globs on the delta's tensor names.
         force: replace what stands at ``output`` or ``push_to``.
@@ -107,12 +130,12 @@ def apply(
     Raises ``HubdiffError``. Peak memory does not depend on the size of the model.
     """
     began = time.monotonic()
-    _check_scale(scale)
+    scales, merging = Scales.of(scale), method_of(method, density, seed)
     destination = _destination(output, push_to)
     filters = Filters.of(include, exclude)
     # A dry run reads no weights: it must not fill the cache with them either.
     with _opened(delta, to, cache and not dry_run, ranks) as (opened, target):
-        plan = make_plan(opened, target, scale=scale, filters=filters)
+        plan = make_plan(opened, target, scale=scales, method=merging, filters=filters)
         if dry_run:
             return Applied(plan.as_json(), True, str(destination))
         watched = ranks.watched(progress or Silent())
@@ -123,16 +146,35 @@ def apply(
             if plan.proved:
                 raise
             # The sampled tensors were the base's, another was not: it is a sibling after all.
-            again = make_plan(opened, target, scale=scale, filters=filters, as_transfer=True)
+            again = make_plan(opened, target, filters=filters, as_transfer=True)
             applied = job.run(again)
     return replace(applied, seconds=time.monotonic() - began)
 
 
-def _check_scale(scale: float) -> None:
-    if not abs(scale) <= _LARGEST_FLOAT32:
+def method_of(name: str, density: float | None, seed: int | None) -> Method:
+    """The method of that name. Raises ``CannotApply`` for a setting that it does not take, or a
+    value that makes no sense."""
+    if name not in METHODS:
         raise CannotApply(
-            f"the scale {scale} is not a float32 number", next_step="Give a finite --scale."
+            f"there is no method {name!r}", next_step=f"Use one of {', '.join(METHODS)}."
         )
+    for setting, value in (("density", density), ("seed", seed)):
+        if value is not None and setting not in METHODS[name]:
+            raise CannotApply(
+                f"the method {name} takes no {setting}", next_step=f"Leave out --{setting}."
+            )
+    if density is None and name == "dare":
+        raise CannotApply(
+            "the method dare needs a density, the share of Δ that it keeps",
+            next_step="Give --density D, for example 0.1.",
+        )
+    if density is None:
+        density = TIES_DENSITY if name == "ties" else 1.0
+    if not 0 < density <= 1:
+        raise CannotApply(
+            f"the density {density} is not a share", next_step="Give --density D, 0 < D <= 1."
+        )
+    return Method(name, density, seed or 0)
 
 
 def _destination(output: str | Path | None, push_to: str | None) -> ModelRef:
@@ -153,31 +195,58 @@ def _destination(output: str | Path | None, push_to: str | None) -> ModelRef:
 
 @contextmanager
 def _opened(
-    delta: str | Path, to: str | Path, cache: bool, ranks: Ranks
-) -> Iterator[tuple[Delta, Checkpoint]]:
-    (delta_tree,) = open_alike(ranks, [ModelRef.parse(delta)], cache=cache)
-    assert delta_tree is not None
-    with open_delta_tree(delta_tree) as opened:
-        (target_tree,) = open_alike(ranks, [ModelRef.parse(to)], cache=cache)
+    delta: str | Path | Sequence[DeltaRef], to: str | Path, cache: bool, ranks: Ranks
+) -> Iterator[tuple[list[Weighted], Checkpoint]]:
+    with ExitStack() as stack:
+        named = weighted_refs(delta)
+        *deltas, target_tree = open_alike(
+            ranks, [*(ref for ref, _ in named), ModelRef.parse(to)], cache=cache
+        )
         assert target_tree is not None
-        with open_checkpoint(target_tree) as target:
-            yield opened, target
+        opened = []
+        for tree, (_, weight) in zip(deltas, named, strict=True):
+            assert tree is not None
+            opened.append(Weighted(stack.enter_context(open_delta_tree(tree)), weight))
+        yield opened, stack.enter_context(open_checkpoint(target_tree))
+
+
+def weighted_refs(delta: str | Path | Sequence[DeltaRef]) -> list[tuple[ModelRef, float]]:
+    """Every delta that a caller names, with its weight. Raises ``RefError``, or ``CannotApply`` for
+    a weight that float32 can't hold."""
+    if isinstance(delta, str | Path):
+        delta = [delta]
+    if not delta:
+        raise RefError("no delta was given", next_step="Name one delta or several.")
+    found = []
+    for item in delta:
+        if isinstance(item, str | Path):
+            found.append(parse_weighted(item))
+        elif isinstance(item, tuple) and len(item) == 2:
+            found.append((ModelRef.parse(item[0]), float(item[1])))
+        else:
+            raise RefError(
+                f"{item!r} is neither a ref nor a pair (ref, weight)",
+                next_step='Write [("org/delta", 0.7), "org/other:0.5"].',
+            )
+        float32(found[-1][1], f"the weight of {found[-1][0]}")
+    return found
 
 
 class Cards(NamedTuple):
-    """What the cards of the two models say that a result's own card draws on."""
+    """What the cards of the tuned models, in the order of the deltas, and of the target say that a
+    result's own card draws on."""
 
-    tuned: dict[str, Any]
+    tuned: list[dict[str, Any]]
     target: dict[str, Any]
 
 
 def _read_cards(plan: MergePlan, progress: Progress) -> Cards:
     """Read before the work: what they can't tell must not cost it."""
-    target, tuned = facts(plan.target.tree), RepoFacts()
+    target, tuned = facts(plan.target.tree), [RepoFacts()]
     if plan.case != OWN_BASE:  # there the tuned card comes back as it is
-        tuned = facts_in(plan.delta.tree, f"tuned/{CARD}")
-    note_problems([tuned, target], progress)
-    return Cards(tuned.card_data, target.card_data)
+        tuned = [facts_in(item.delta.tree, f"tuned/{CARD}") for item in plan.deltas]
+    note_problems([*tuned, target], progress)
+    return Cards([said.card_data for said in tuned], target.card_data)
 
 
 @dataclass(frozen=True)
@@ -200,7 +269,7 @@ class _Apply:
         with open_sink(
             self.destination,
             RESULT,
-            reads=(plan.delta.tree, plan.target.tree),
+            reads=(*(item.delta.tree for item in plan.deltas), plan.target.tree),
             run=_run_name(plan, self.filters),
             force=self.force,
             private=self.private,
@@ -281,36 +350,31 @@ class _Apply:
                 record,
                 repo=self.destination.repo,
                 name=self.destination.path.name if self.destination.path else None,
-                tuned_card=cards.tuned,
+                tuned_cards=cards.tuned,
                 target_card=cards.target,
             )
             described.append(sink.put(CARD, str(card).encode()))
         return described
 
     def _record(self, plan: MergePlan, files: list[FileRecord]) -> dict[str, Any]:
-        manifest, target = plan.delta.manifest, facts(plan.target.tree)
-        described = plan.as_json()
+        target, described = facts(plan.target.tree), plan.as_json()
         return {
             "hubdiff_version": __version__,
             "case": plan.case,
             "reason": plan.reason,
-            "scale": plan.scale,
+            "scale": described["scale"],
+            "method": described["method"],
             "filters": asdict(self.filters) if self.filters else None,
-            "delta": {
-                **_identity(plan.delta.tree),
-                "manifest_sha256": hash_bytes(plan.delta.tree.read_bytes(MANIFEST)),
-            },
+            "deltas": [_described(item) for item in plan.deltas],
             "target": {
                 **_identity(plan.target.tree),
                 "licence": target.licence,
                 "gated": target.gated,
                 "files": [_content(plan.target.tree, path) for path in plan.target.shards],
             },
-            "base": _without_files(asdict(manifest.base)),
-            "tuned": _without_files(asdict(manifest.tuned)),
             "command": list(self.command) if self.command else None,
             "side_files": [
-                {"path": file.path, "source": _SOURCES[file.origin], "note": file.note}
+                {"path": file.path, "source": _source(file, plan), "note": file.note}
                 for file in plan.files
             ],
             "left_out": described["left_out"],
@@ -321,7 +385,23 @@ class _Apply:
         }
 
 
-_SOURCES = {"target": "target", "delta": "tuned", "made": "merged"}
+def _source(file: WholeFile, plan: MergePlan) -> str:
+    """Whose a side file is, in the words of the record."""
+    source = {"target": "target", "delta": "tuned", "made": "merged"}[file.origin]
+    owner = next((item.name for item in plan.deltas if item.delta is file.delta), None)
+    return f"{source} ({owner})" if owner and len(plan.deltas) > 1 else source
+
+
+def _described(item: Weighted) -> dict[str, Any]:
+    """A delta, as the record has it."""
+    tree, manifest = item.delta.tree, item.delta.manifest
+    return {
+        **_identity(tree),
+        "manifest_sha256": hash_bytes(tree.read_bytes(MANIFEST)),
+        "weight": item.weight,
+        "base": _without_files(asdict(manifest.base)),
+        "tuned": _without_files(asdict(manifest.tuned)),
+    }
 
 
 def choose_device(name: str, ranks: Ranks = ALONE) -> str:
@@ -374,7 +454,7 @@ def _cost(plan: MergePlan, file: WeightsFile | WholeFile, destination: ModelRef)
     """The bytes that pass through the rank that makes the file: none of one that the Hub copies."""
     if isinstance(file, WeightsFile):
         return file.header.file_size
-    tree = plan.target.tree if file.origin == "target" else plan.delta.tree
+    tree = plan.target.tree if file.delta is None else file.delta.tree
     copied = destination.repo is not None and tree.pin.repo is not None
     return 0 if copied and file.source and tree.files()[file.source].sha256 else file.size
 
@@ -391,7 +471,7 @@ def _fingerprint(plan: MergePlan, filters: Filters) -> str:
     parts = [
         __version__,
         described,
-        hash_bytes(plan.delta.tree.read_bytes(MANIFEST)),
+        [hash_bytes(item.delta.tree.read_bytes(MANIFEST)) for item in plan.deltas],
         glimpse(plan.target),
         [(file.path, file.sha256, hash_bytes(file.header.raw)) for file in plan.weights],
         [(f.path, f.sha256, f.source, f.data and hash_bytes(f.data)) for f in plan.files],
@@ -405,26 +485,33 @@ def _run_name(plan: MergePlan, filters: Filters) -> str:
     target = plan.target.tree
     root = target.pin.path
     stamps = [(root / file).stat().st_mtime_ns for file in target.files()] if root else []
-    manifest = plan.delta.tree.read_bytes(MANIFEST)
+    manifests = [item.delta.tree.read_bytes(MANIFEST) for item in plan.deltas]
     parts = [
         __version__,
-        hashlib.sha256(manifest).hexdigest(),
+        [hash_bytes(manifest) for manifest in manifests],
+        [item.weight for item in plan.deltas],
+        plan.method and plan.method.as_json(),
         str(target.pin),
         [(file, header.file_size) for file, header in plan.target.shards.items()],
         stamps,
         plan.case,
-        plan.scale,
+        plan.scale.pairs,
         asdict(filters),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _message(plan: MergePlan) -> str:
-    delta, target = _identity(plan.delta.tree)["name"], _identity(plan.target.tree)["name"]
+    names = [_identity(item.delta.tree)["name"] for item in plan.deltas]
     if plan.case == OWN_BASE:
-        return f"Rebuild of {plan.delta.manifest.tuned.name} from {delta}"
-    scale = "" if plan.scale == 1.0 else f" at scale {plan.scale:g}"
-    return f"{delta} applied to {target}{scale}"
+        return f"Rebuild of {plan.deltas[0].delta.manifest.tuned.name} from {names[0]}"
+    deltas = ", ".join(
+        name if item.weight == 1 else f"{name} × {item.weight:g}"
+        for name, item in zip(names, plan.deltas, strict=True)
+    )
+    method = f" ({plan.method})" if plan.method else ""
+    scale = "" if plan.scale.one == 1.0 else f" at scale {plan.scale}"
+    return f"{deltas} applied to {_identity(plan.target.tree)['name']}{method}{scale}"
 
 
 def _identity(tree: FileTree) -> dict[str, Any]:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import tempfile
 import weakref
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubdiff.errors import CheckpointError, HubdiffError
-from hubdiff.jobs.apply import apply
+from hubdiff.jobs.apply import DeltaRef, apply
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def load(
-    delta: str | Path,
+    delta: str | Path | Sequence[DeltaRef],
     target: str | Path,
     *,
-    scale: float = 1.0,
+    scale: float | Mapping[str, float] = 1.0,
+    method: str = "linear",
+    density: float | None = None,
+    seed: int | None = None,
     device: str = "auto",
     cache: bool = False,
     **from_pretrained_kwargs: Any,
@@ -27,8 +31,8 @@ def load(
     """``target`` with ``delta`` on it, as the transformers model its config names.
 
     Args:
-        delta, target, scale, device, cache: as ``hubdiff.apply``; ``device`` is where the merge is
-            computed, not where the model ends up.
+        delta, target, scale, method, density, seed, device, cache: as ``hubdiff.apply``; ``device``
+            is where the merge is computed, not where the model ends up.
         from_pretrained_kwargs: handed to ``from_pretrained`` (``dtype``, ``device_map``, …).
             ``device_map`` needs accelerate: ``pip install accelerate``.
 
@@ -41,7 +45,17 @@ def load(
     folder = tempfile.TemporaryDirectory(prefix="hubdiff-")
     try:
         merged = Path(folder.name, "model")
-        apply(delta, target, output=merged, scale=scale, device=device, cache=cache)
+        apply(
+            delta,
+            target,
+            output=merged,
+            scale=scale,
+            method=method,
+            density=density,
+            seed=seed,
+            device=device,
+            cache=cache,
+        )
         model: PreTrainedModel = _model_class(merged).from_pretrained(
             merged, **{**from_pretrained_kwargs, "trust_remote_code": False}
         )

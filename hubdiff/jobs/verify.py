@@ -13,7 +13,7 @@ from hubdiff.errors import IntegrityError, WrongBase
 from hubdiff.files import FileTree, open_tree
 from hubdiff.hashing import check_hash, hash_reader
 from hubdiff.manifest import GROUPS, FileRecord, TensorRecord
-from hubdiff.plan import OWN_BASE, make_plan
+from hubdiff.plan import OWN_BASE, Weighted, make_plan
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.safetensors_io import TensorEntry, tensor_bytes
@@ -158,7 +158,7 @@ def _rebuild(delta: Delta, base: Checkpoint, progress: Progress) -> tuple[int, i
     from hubdiff import merge
     from hubdiff.writer import Nowhere
 
-    plan = make_plan(delta, base)
+    plan = make_plan([Weighted(delta)], base)
     if plan.case != OWN_BASE:
         raise WrongBase(
             f"{base.tree.pin} is not the base {delta.manifest.base.name} of {delta.tree.pin}: "

@@ -7,8 +7,18 @@ from hubdiff.delta import Delta
 from hubdiff.errors import BadManifest
 from hubdiff.manifest import GROUPS, TensorRecord
 from hubdiff.plan.recognise import Verdict
-from hubdiff.plan.types import OWN_BASE, MergePlan, Step, Term, WeightsFile, WholeFile, require_file
+from hubdiff.plan.types import (
+    OWN_BASE,
+    MergePlan,
+    Step,
+    Term,
+    Weighted,
+    WeightsFile,
+    WholeFile,
+    require_file,
+)
 from hubdiff.safetensors_io import TensorEntry, parse_header
+from hubdiff.scales import Scales
 from hubdiff.sidecars import LeftOut
 
 
@@ -26,15 +36,15 @@ def own_base_plan(delta: Delta, target: Checkpoint, verdict: Verdict) -> MergePl
         elif file.source == "delta":
             source = f"tuned/{file.path}"
             require_file(delta, source)
-            files.append(WholeFile(file.path, file.size, "delta", source, file.sha256))
+            files.append(WholeFile(file.path, file.size, "delta", source, file.sha256, delta=delta))
         else:
             source = same.get(file.sha256, file.path)
             files.append(WholeFile(file.path, file.size, "target", source, file.sha256))
     return MergePlan(
         OWN_BASE,
         f"the target is the delta's own base: {verdict.reason}",
-        1.0,
-        delta,
+        Scales(),
+        (Weighted(delta),),
         target,
         tuple(weights),
         tuple(files),

@@ -1,25 +1,30 @@
-"""The plan for a target that is not the own base: Δ added in the target's layout and dtypes."""
+"""The plan for a target that is not the own base: Δ added in the target's layout and dtypes.
+
+Each delta is matched with the target on its own; a tensor's step gets one term for each delta that
+changes it.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hubdiff.checkpoint import INDEX, Checkpoint, Placed
 from hubdiff.configs import quantised, tied
-from hubdiff.delta import Delta
 from hubdiff.errors import CannotApply, NamesMismatch, NotPortable
 from hubdiff.manifest import TensorRecord
 from hubdiff.names import Match, Rename, match_names
 from hubdiff.pair import EMBEDDINGS, FLOATS, HEADS, Filters, check_shapes
-from hubdiff.plan.recognise import Verdict
-from hubdiff.plan.side_files import SideFiles
+from hubdiff.plan.side_files import plan_side_files
 from hubdiff.plan.types import (
     PORTABLE_GROUPS,
     TRANSFER,
     MergePlan,
+    Method,
     Step,
     Term,
+    Weighted,
     WeightsFile,
     WholeFile,
 )
@@ -30,60 +35,141 @@ from hubdiff.safetensors_io import (
     parse_header,
     tensor_bytes,
 )
+from hubdiff.scales import Scales
 from hubdiff.stream import unit_bytes
+
+
+def transfer_plan(
+    deltas: Sequence[Weighted],
+    target: Checkpoint,
+    scale: Scales,
+    filters: Filters,
+    method: Method | None,
+    reason: str,
+) -> MergePlan:
+    """``deltas`` on a target that is not the own base, or not to be rebuilt as ``reason`` says."""
+    quantisation = quantised(target.config)
+    if quantisation:
+        raise NotPortable(
+            f"the weights of {target.tree.pin} are quantised ({quantisation}); Δ can't be added "
+            "to them",
+            next_step="Give the unquantised version of that model.",
+        )
+    scale.check([record.name for item in deltas for record in item.delta.manifest.tensors])
+    parts = [Transfer(item, target, scale, filters).contribution() for item in deltas]
+    terms, added = _together(parts), _added_once(parts)
+    _check_not_both(parts, added)
+    layout = _Layout(target, terms, added, method)
+    weights, copies = layout.weights()
+    side = plan_side_files(deltas, target)
+    return MergePlan(
+        TRANSFER,
+        reason,
+        scale,
+        tuple(deltas),
+        target,
+        tuple(weights),
+        (*copies, *layout.index(), *side.files),
+        (*_notes(parts), *side.notes),
+        left_out=side.left_out,
+        added=tuple(added),
+        kept=_kept(parts, target),
+        method=method,
+    )
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one delta does to the target: its terms by the name of the target's tensor, and those of
+    the tensors that only its tuned model has by the name they get. ``known`` are the names that the
+    tuned model has a counterpart of; None where that is not known."""
+
+    item: Weighted
+    terms: dict[str, Term]
+    added: dict[str, Term]
+    known: frozenset[str] | None
+    notes: tuple[str, ...]
+
+
+def _together(parts: Sequence[Contribution]) -> dict[str, tuple[Term, ...]]:
+    """The terms of every tensor, in the order of the deltas. A term times 0 is none: it is not even
+    read, and has no say in an election of signs."""
+    found: dict[str, tuple[Term, ...]] = {}
+    for part in parts:
+        for name, term in part.terms.items():
+            if term.factor != 0:
+                found[name] = (*found.get(name, ()), term)
+    return found
+
+
+def _added_once(parts: Sequence[Contribution]) -> dict[str, Term]:
+    """Every added tensor; one that several deltas add must be the same tensor in all of them."""
+    added: dict[str, tuple[Weighted, Term]] = {}
+    for part in parts:
+        for name, term in part.added.items():
+            first, other = added.setdefault(name, (part.item, term))
+            one, two = other.record, term.record
+            if (one.dtype, one.shape, one.tuned) != (two.dtype, two.shape, two.tuned):
+                raise CannotApply(
+                    f"{first.name} and {part.item.name} both add {name}, and not the same",
+                    next_step="Leave it out with --exclude, or apply one of the two first.",
+                )
+    return {name: term for name, (_, term) in added.items()}
+
+
+def _check_not_both(parts: Sequence[Contribution], added: dict[str, Term]) -> None:
+    """A tensor that one delta replaces and another changes has no meaning."""
+    for part in parts:
+        for name in part.terms:
+            if name in added:
+                owner = next(other for other in parts if name in other.added)
+                raise CannotApply(
+                    f"{owner.item.name} brings a {name} of its own and {part.item.name} changes "
+                    "the target's",
+                    next_step="Leave it out with --exclude, or apply one of the two first.",
+                )
+
+
+def _notes(parts: Sequence[Contribution]) -> list[str]:
+    if len(parts) == 1:
+        return list(parts[0].notes)
+    return [f"{part.item.name}: {note}" for part in parts for note in part.notes]
+
+
+def _kept(parts: Sequence[Contribution], target: Checkpoint) -> tuple[str, ...]:
+    """The target's tensors that no tuned model has a counterpart of."""
+    known: set[str] = set()
+    for part in parts:
+        if part.known is None:
+            return ()
+        known |= part.known
+    return tuple(name for name in target.tensors if name not in known)
 
 
 @dataclass
 class Transfer:
-    """The plan for a target that is not the own base, in the making."""
+    """One delta on a target that is not the own base, in the making."""
 
-    delta: Delta
+    item: Weighted
     target: Checkpoint
-    scale: float
+    scale: Scales
     filters: Filters
-    verdict: Verdict
     notes: list[str] = field(default_factory=list)
 
-    def plan(self) -> MergePlan:
-        method = quantised(self.target.config)
-        if method:
-            raise NotPortable(
-                f"the weights of {self.target.tree.pin} are quantised ({method}); Δ can't be added "
-                "to them",
-                next_step="Give the unquantised version of that model.",
-            )
+    def __post_init__(self) -> None:
+        self.delta = self.item.delta
+
+    def contribution(self) -> Contribution:
         if not any(self.filters.takes(record.name) for record in self.delta.manifest.tensors):
             raise CannotApply(
                 f"no tensor of {self.delta.tree.pin} passes --include/--exclude",
                 next_step="Check the globs against the tensor names (hubdiff inspect --json).",
             )
         match = self._match()
-        steps = self._steps(match)
+        terms = self._terms(match)
         added = self._added(match.rename)
-        weights, copies = self._weights(steps, added)
-        side = SideFiles(self.delta, self.target)
-        files = [*copies, *self._index(added), *side.plan()]
-        self.notes.extend(side.notes)
-        return MergePlan(
-            TRANSFER,
-            f"the target is not the delta's own base: {self.verdict.reason}",
-            self.scale,
-            self.delta,
-            self.target,
-            tuple(weights),
-            tuple(files),
-            tuple(self.notes),
-            left_out=tuple(side.left_out),
-            added=tuple(added),
-            kept=self._kept(match, added),
-        )
-
-    def _kept(self, match: Match, added: dict[str, TensorRecord]) -> tuple[str, ...]:
-        """The target's tensors that the tuned model has no counterpart of."""
-        if self.delta.manifest.partial:
-            return ()
-        known = {*match.pairs.values(), *added}
-        return tuple(name for name in self.target.tensors if name not in known)
+        known = None if self.delta.manifest.partial else frozenset({*match.pairs.values(), *added})
+        return Contribution(self.item, terms, added, known, tuple(self.notes))
 
     def _match(self) -> Match:
         """Target names for the names of the base."""
@@ -104,9 +190,9 @@ class Transfer:
             )
         return match
 
-    def _steps(self, match: Match) -> dict[str, Step]:
-        """What happens to each of the target's tensors that the delta touches."""
-        steps = {}
+    def _terms(self, match: Match) -> dict[str, Term]:
+        """What is added to each of the target's tensors that the delta touches."""
+        terms = {}
         for record in self.delta.manifest.tensors:
             if record.added or record.unchanged or not self.filters.takes(record.name):
                 continue
@@ -117,16 +203,17 @@ class Transfer:
             placed = self.target.tensors[name]
             self._check_tensor(record, placed)
             if record.portable:
-                steps[name] = Step(placed.entry, placed, (self._term(record),))
+                terms[name] = self._term(record)
             else:
                 self.notes.append(
                     f"{name} stays the target's: {record.dtype} is not added, only restored"
                 )
-        self._follow_ties(match, steps)
-        return steps
+        self._follow_ties(match, terms)
+        return terms
 
     def _term(self, record: TensorRecord) -> Term:
-        return Term(self.delta, record, PORTABLE_GROUPS, self.scale)
+        scale = self.scale.of_tensor(record.name)
+        return Term(self.delta, record, PORTABLE_GROUPS, scale, self.item.weight)
 
     def _check_tensor(self, record: TensorRecord, placed: Placed) -> None:
         theirs = Placed("", TensorEntry(record.name, record.dtype, record.shape, 0, 0))
@@ -153,7 +240,7 @@ class Transfer:
             + (", or untie the target's output head first." if record.name in HEADS else "."),
         )
 
-    def _follow_ties(self, match: Match, steps: dict[str, Step]) -> None:
+    def _follow_ties(self, match: Match, terms: dict[str, Term]) -> None:
         """A target that stores its tied head as a second copy keeps both copies equal."""
         paired = set(match.pairs.values())
         for head in HEADS:
@@ -162,21 +249,21 @@ class Transfer:
                 continue
             embedding = next(
                 (
-                    step
-                    for name, step in steps.items()
-                    if name.endswith(EMBEDDINGS) and step.entry.shape == placed.entry.shape
+                    term
+                    for name, term in terms.items()
+                    if name.endswith(EMBEDDINGS) and term.record.shape == placed.entry.shape
                 ),
                 None,
             )
             if embedding is None:
                 continue
             if tied(self.target.config):
-                steps[head] = Step(placed.entry, placed, embedding.terms)
+                terms[head] = embedding
                 self.notes.append(f"{head} repeats the tied embedding: it gets the same Δ")
             else:
                 self.notes.append(f"{head} stays the target's: the delta has a tied head")
 
-    def _added(self, rename: Rename | None) -> dict[str, TensorRecord]:
+    def _added(self, rename: Rename | None) -> dict[str, Term]:
         """Tensors that only the tuned model has, under the names they get in the result."""
         added = {}
         for record in self.delta.manifest.tensors:
@@ -194,56 +281,59 @@ class Transfer:
                 f"{name} {'replaces the target’s' if taken else 'is added'}: only the tuned model "
                 "has it"
             )
-            added[name] = record
+            added[name] = self._term(record)
         return added
 
-    def _weights(
-        self, steps: dict[str, Step], added: dict[str, TensorRecord]
-    ) -> tuple[list[WeightsFile], list[WholeFile]]:
+
+@dataclass(frozen=True)
+class _Layout:
+    """The files of the result: the target's, with the ``terms`` of its tensors and what is
+    ``added``."""
+
+    target: Checkpoint
+    terms: dict[str, tuple[Term, ...]]
+    added: dict[str, Term]
+    method: Method | None
+
+    def weights(self) -> tuple[list[WeightsFile], list[WholeFile]]:
         """The result's shards: those with work to do, and those the target has already."""
         weights: list[WeightsFile] = []
         copies: list[WholeFile] = []
-        last = next(reversed(self.target.shards))
         for file, header in self.target.shards.items():
-            here = {n: r for n, r in added.items() if self._home(n, last) == file}
+            here = {n: t.record for n, t in self.added.items() if self._home(n) == file}
             if here:
                 header = _with_added(header, here, file)
-            elif not any(entry.name in steps for entry in header.tensors):
+            elif not any(entry.name in self.terms for entry in header.tensors):
                 info = self.target.tree.files()[file]
                 copies.append(WholeFile(file, info.size, "target", file, info.sha256))
                 continue
-            weights.append(WeightsFile(file, header, self._file_steps(header, steps, here)))
+            steps = {entry.name: self._step(entry) for entry in header.tensors}
+            weights.append(WeightsFile(file, header, steps))
         return weights, copies
 
-    def _home(self, name: str, last: str) -> str:
+    def _home(self, name: str) -> str:
+        """The file that a tensor of the result lies in: an added one goes to the last."""
         placed = self.target.tensors.get(name)
-        return placed.file if placed else last
+        return placed.file if placed else next(reversed(self.target.shards))
 
-    def _file_steps(
-        self, header: Header, steps: dict[str, Step], added: dict[str, TensorRecord]
-    ) -> dict[str, Step]:
-        result = {}
-        for entry in header.tensors:
-            if entry.name in added:
-                result[entry.name] = Step(entry, None, (self._term(added[entry.name]),))
-            elif entry.name in steps:
-                step = steps[entry.name]
-                result[entry.name] = Step(entry, step.source, step.terms)
-            else:
-                result[entry.name] = Step(entry, self.target.tensors[entry.name])
-        return result
+    def _step(self, entry: TensorEntry) -> Step:
+        if entry.name in self.added:
+            return Step(entry, None, (self.added[entry.name],))
+        terms = self.terms.get(entry.name, ())
+        plain = self.method is None or (self.method.name == "linear" and len(terms) < 2)
+        return Step(entry, self.target.tensors[entry.name], terms, None if plain else self.method)
 
-    def _index(self, added: dict[str, TensorRecord]) -> list[WholeFile]:
+    def index(self) -> list[WholeFile]:
         """The target's index, if it has one, with what was added."""
         data = self.target.index
         if data is None:
             return []
-        if added:
+        if self.added:
             index = json.loads(data)
-            last = next(reversed(self.target.shards))
-            index["weight_map"].update({name: self._home(name, last) for name in added})
+            index["weight_map"].update({name: self._home(name) for name in self.added})
             sizes = {name: p.entry.nbytes for name, p in self.target.tensors.items()}
-            sizes |= {name: tensor_bytes(r.dtype, r.shape) for name, r in added.items()}
+            records = {name: term.record for name, term in self.added.items()}
+            sizes |= {name: tensor_bytes(r.dtype, r.shape) for name, r in records.items()}
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": sum(sizes.values())}
             data = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
         return [WholeFile(INDEX, len(data), "made", data=data)]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from hubdiff.checkpoint import Checkpoint, Placed
 from hubdiff.delta import Delta
-from hubdiff.errors import BadManifest
+from hubdiff.encodings.payload import index_bytes
+from hubdiff.errors import BadManifest, CannotApply
 from hubdiff.manifest import Part, TensorRecord
 from hubdiff.safetensors_io import Header, TensorEntry
+from hubdiff.scales import LARGEST_FLOAT32, Scales
 from hubdiff.sidecars import LeftOut
-from hubdiff.stream import BLOCK_BYTES, workers_for
+from hubdiff.stream import BLOCK_BYTES, spans_of, unit_bytes, workers_for
 
 OWN_BASE, TRANSFER = "own base", "transfer"
 PORTABLE_GROUPS = ("delta", "tail")
@@ -20,27 +23,100 @@ CARD = "README.md"
 
 
 @dataclass(frozen=True)
+class Method:
+    """How several deltas, or parts of one, are merged. ``linear``: the weighted sum. ``ties``: each
+    Δ trimmed to the share ``density`` of its largest elements, signs elected, the weighted mean of
+    those that agree (Yadav et al. 2023). ``dare``: each element of Δ kept with the chance
+    ``density`` and divided by it, drawn from ``seed``, then the weighted sum (Yu et al. 2024)."""
+
+    name: str
+    density: float = 1.0
+    seed: int = 0
+
+    @property
+    def trims(self) -> bool:
+        return self.name == "ties" and self.density < 1
+
+    def as_json(self) -> dict[str, Any]:
+        settings = {"density": self.density, "seed": self.seed}
+        return {"name": self.name, **{key: settings[key] for key in METHODS[self.name]}}
+
+    def __str__(self) -> str:
+        said = self.as_json()
+        return ", ".join([said.pop("name"), *(f"{key} {value:g}" for key, value in said.items())])
+
+
+# Each method with the settings that it takes.
+METHODS: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "ties": ("density",),
+    "dare": ("density", "seed"),
+}
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A delta and its weight in the merge."""
+
+    delta: Delta
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """What people call it: the repo, with the revision asked for, or the folder's name."""
+        pin = self.delta.tree.pin
+        if pin.path is not None:
+            return pin.path.resolve().name
+        return f"{pin.repo}@{pin.ref.revision}" if pin.ref.revision else f"{pin.repo}"
+
+
+@dataclass(frozen=True)
 class Term:
-    """What one delta has for one tensor: the parts of ``record`` in ``groups``, times ``scale``."""
+    """What one delta has for one tensor: the parts of ``record`` in ``groups``, times ``scale``
+    (that of the tensor) and ``weight`` (that of the delta)."""
 
     delta: Delta
     record: TensorRecord
     groups: tuple[str, ...]
     scale: float = 1.0
+    weight: float = 1.0
 
     @property
     def parts(self) -> tuple[Part, ...]:
         return tuple(part for part in self.record.parts if part.group in self.groups)
 
+    @property
+    def factor(self) -> float:
+        """What Δ is multiplied with, a float32 number. Raises ``CannotApply`` where it is none."""
+        return float32(self.weight * self.scale, f"weight times scale of {self.record.name}")
+
+    @property
+    def ranked(self) -> Part | None:
+        """The part whose ``hi`` says how large each element of Δ is."""
+        return next((part for part in self.parts if "hi" in part.layers), None)
+
+
+def float32(value: float, what: str) -> float:
+    """``value`` rounded to float32. Raises ``CannotApply`` where that is not finite."""
+    if not abs(value) <= LARGEST_FLOAT32:
+        raise CannotApply(
+            f"{what} is {value:g}, which is not a finite float32 number",
+            next_step="Give weights and scales that float32 can hold.",
+        )
+    rounded: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    return rounded
+
 
 @dataclass(frozen=True)
 class Step:
     """How one tensor of a result comes about: ``source`` (the target's tensor, None when all of it
-    comes from the delta) plus its ``terms``. No terms, or none with a part: a plain copy."""
+    comes from the delta) plus its ``terms``. No terms, or none with a part: a plain copy.
+    ``method`` merges the terms; None: there is at most one, and the sum is exact."""
 
     entry: TensorEntry
     source: Placed | None
     terms: tuple[Term, ...] = ()
+    method: Method | None = None
 
     @property
     def copies(self) -> bool:
@@ -64,8 +140,9 @@ class WeightsFile:
 
 @dataclass(frozen=True)
 class WholeFile:
-    """A file of the result that is taken as it is: from ``origin`` (``"target"`` or ``"delta"``) at
-    ``source``, or ``data`` made here. ``note`` says what a reader should know of the choice."""
+    """A file of the result that is taken as it is: from ``origin`` (``"target"`` or ``"delta"``,
+    then ``delta`` is which) at ``source``, or ``data`` made here. ``note`` says what a reader
+    should know of the choice."""
 
     path: str
     size: int
@@ -74,14 +151,17 @@ class WholeFile:
     sha256: str | None = None
     data: bytes | None = None
     note: str | None = None
+    delta: Delta | None = None
 
 
 @dataclass(frozen=True)
 class MergePlan:
+    """``method`` None: one delta, added exactly."""
+
     case: str
     reason: str
-    scale: float
-    delta: Delta
+    scale: Scales
+    deltas: tuple[Weighted, ...]
     target: Checkpoint
     weights: tuple[WeightsFile, ...]
     files: tuple[WholeFile, ...]
@@ -90,13 +170,15 @@ class MergePlan:
     left_out: tuple[LeftOut, ...] = ()
     added: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    method: Method | None = None
 
     @property
     def reads(self) -> dict[str, int]:
         """Bytes of weights and side files to read, by source. Headers and manifest, which planning
-        itself reads, are not among them."""
+        itself reads, are not among them; what is read twice counts twice."""
         target = sum(s.source.entry.nbytes for s in self._steps() if s.source)
         delta = sum(step.delta_bytes for step in self._steps())
+        delta += sum(nbytes for _, _, nbytes in self._trimmed())
         for file in self.files:
             target += file.size if file.origin == "target" else 0
             delta += file.size if file.origin == "delta" else 0
@@ -110,17 +192,28 @@ class MergePlan:
             for step in self._steps()
             if step.source and self.target.tree.is_remote(step.source.file)
         )
-        for step in self._steps():
-            for term in step.terms:
-                for part in term.parts:
-                    placed = term.delta.placed(term.record, part.group)
-                    if placed and term.delta.tree.is_remote(placed.placed.file):
-                        total += part.bytes
-        trees = {"target": self.target.tree, "delta": self.delta.tree}
+        terms = [term for step in self._steps() for term in step.terms]
+        parts = [(term, part, part.bytes) for term in terms for part in term.parts]
+        for term, part, nbytes in [*parts, *self._trimmed()]:
+            placed = term.delta.placed(term.record, part.group)
+            if placed and term.delta.tree.is_remote(placed.placed.file):
+                total += nbytes
         for file in self.files:
-            if file.source and trees[file.origin].is_remote(file.source):
+            tree = file.delta.tree if file.delta else self.target.tree
+            if file.source and tree.is_remote(file.source):
                 total += file.size
         return total
+
+    def _trimmed(self) -> Iterator[tuple[Term, Part, int]]:
+        """What is read of each tensor to find the threshold of its Δ, before it is merged."""
+        if self.method is None or not self.method.trims:
+            return
+        steps = [(step, term) for step in self._steps() for term in step.terms]
+        first = {(term.delta, term.record.name): (step, term) for step, term in reversed(steps)}
+        for step, term in first.values():
+            part = term.ranked
+            if part is not None:
+                yield term, part, _pass_bytes(step.entry, part) * trim_passes(part)
 
     @property
     def writes(self) -> int:
@@ -134,7 +227,9 @@ class MergePlan:
     def peak_memory(self) -> int:
         """An upper estimate in bytes: torch and Python, and the blocks in flight, each with what is
         read, decoded and written."""
-        runtime, per_block = 300 << 20, 8 * BLOCK_BYTES
+        # A method holds Δ of each term in float32, and about as much again while it computes.
+        blocks = 8 if self.method is None else 8 + 6 * len(self.deltas)
+        runtime, per_block = 300 << 20, blocks * BLOCK_BYTES
         return runtime + (workers_for(remote=self.remote) + 2) * per_block
 
     def _steps(self) -> Iterator[Step]:
@@ -145,8 +240,11 @@ class MergePlan:
         return {
             "case": self.case,
             "reason": self.reason,
-            "scale": self.scale,
-            "delta": str(self.delta.tree.pin),
+            "scale": self.scale.as_json(),
+            "method": self.method and self.method.as_json(),
+            "deltas": [
+                {"delta": str(item.delta.tree.pin), "weight": item.weight} for item in self.deltas
+            ],
             "target": str(self.target.tree.pin),
             "read": {**self.reads, "network": self.network},
             "write": self.writes,
@@ -158,6 +256,19 @@ class MergePlan:
             "left_out": [vars(item) for item in self.left_out],
             "notes": list(self.notes),
         }
+
+
+def trim_passes(part: Part) -> int:
+    """How often a part is read to find the threshold of a trim: 16 bits of magnitude at a time."""
+    return unit_bytes(part.dtype) // 2
+
+
+def _pass_bytes(entry: TensorEntry, part: Part) -> int:
+    """What one more pass over a part reads. The index of a tensor of several spans is read once."""
+    spans = sum(1 for _ in spans_of(entry))
+    if part.encoding == "plain" or spans == 1:
+        return part.bytes
+    return part.bytes - index_bytes(entry.nbytes // unit_bytes(entry.dtype), len(part.layers))
 
 
 def _weights_json(file: WeightsFile) -> dict[str, Any]:

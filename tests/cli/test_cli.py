@@ -138,6 +138,27 @@ def test_a_hubdiff_error_in_json(hubdiff: Run, family: Family) -> None:
         (["apply", "d", "--to", "t", "--output", "o", "--scale", "nan"], "finite"),
         (["apply", "d", "--to", "t", "--output", "o", "--scale", "1e39"], "finite"),
         (["apply", "d", "--to", "t", "--output", "o", "--scale", "half"], "finite"),
+        (["apply", "d", "--to", "t", "--output", "o", "--scale", "x.*=half"], "finite"),
+        (
+            ["apply", "d", "--to", "t", "--output", "o", "--scale", "1", "--scale", "2"],
+            "one --scale",
+        ),
+        (["apply", "--to", "t", "--output", "o"], "Missing argument 'DELTA"),
+        (
+            ["apply", "d", "--to", "t", "--output", "o", "--method", "slerp"],
+            "'slerp' is not one of",
+        ),
+        (["apply", "d", "--to", "t", "--output", "o", "--density", "0.5"], "--density goes with"),
+        (["apply", "d", "--to", "t", "--output", "o", "--seed", "1"], "--seed goes with"),
+        (["apply", "d", "--to", "t", "--output", "o", "--method", "dare"], "needs --density"),
+        (
+            ["apply", "d", "--to", "t", "--output", "o", "--method", "ties", "--density", "nan"],
+            "is a share",
+        ),
+        (
+            ["apply", "d", "--to", "t", "--output", "o", "--method", "ties", "--seed", "1"],
+            "--seed goes with --method dare",
+        ),
         (["push-delta", "t", "./folder", "--private"], "--private need a repo"),
         (["unpack", "d"], "Missing option '--output'"),
     ],

@@ -120,6 +120,40 @@ def test_apply_records_the_command_as_typed(hubdiff: Run, family: Family, tmp_pa
     assert record["command"] == ["hubdiff", *arguments, "--scale", "0.5"]
 
 
+def test_apply_takes_several_deltas(hubdiff: Run, family: Family, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ("apply", f"{family.delta}:0.7", f"{family.delta}:-0.2", "--to", family.other)
+    arguments += ("--output", str(output), "--method", "dare", "--density", "0.5", "--seed", "3")
+    scales = ("--scale", "*.mlp.*=0.5", "--scale", "0.9", "--scale", "model.layers.{0..1}.*=2")
+    said = hubdiff(*arguments, *scales, "--dry-run")
+    assert said.code == 0, said.err
+    for words in (
+        f"0.7 × {family.delta}",
+        f"-0.2 × {family.delta}",
+        "dare, density 0.5, seed 3",
+        "0.9 for *",
+        "2 for model.layers.{0..1}.*",
+        "transfer, scaled by tensor",
+    ):
+        assert words in said.out
+    assert hubdiff(*arguments, *scales).code == 0
+    record = json.loads((output / "hubdiff-result.json").read_text())
+    assert [delta["weight"] for delta in record["deltas"]] == [0.7, -0.2]
+    assert record["method"] == {"name": "dare", "density": 0.5, "seed": 3}
+    assert list(record["scale"].items()) == [
+        ("*", 0.9), ("*.mlp.*", 0.5), ("model.layers.{0..1}.*", 2.0)
+    ]  # fmt: skip
+    assert record["command"] == ["hubdiff", *arguments, *scales]
+
+
+def test_a_weight_that_is_no_number_is_refused(hubdiff: Run, family: Family) -> None:
+    for weight in ("nan", "1e39"):
+        arguments = ("apply", f"{family.delta}:{weight}", "--to", family.other)
+        said = hubdiff(*arguments, "--output", "out")
+        assert said.code == 1
+        assert "finite float32" in said.err
+
+
 def test_apply_force_replaces(hubdiff: Run, family: Family, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
