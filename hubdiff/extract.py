@@ -62,8 +62,12 @@ class _Piece:
     base_square: float = 0.0
 
 
-def extract(pair: Pair, folder: Path, *, plain: bool, progress: Progress) -> Extracted:
-    """Write the layer files of ``pair`` into ``folder``. ``plain`` stores Δ as dense tensors."""
+def extract(
+    pair: Pair, folder: Path, *, plain: bool, progress: Progress, hash_base: bool = True
+) -> Extracted:
+    """Write the layer files of ``pair`` into ``folder``. ``plain`` stores Δ as dense tensors.
+    Without ``hash_base`` no more of the base is read than the pair needs, and no file of it is
+    known by content."""
     remote = any(
         side.tree.is_remote(file) for side in (pair.tuned, pair.base) for file in side.shards
     )
@@ -76,7 +80,7 @@ def extract(pair: Pair, folder: Path, *, plain: bool, progress: Progress) -> Ext
             run_ordered(
                 blocks(file, header), worker.work, collector.take, workers_for(remote=remote)
             )
-        extracted = collector.finish()
+        extracted = collector.finish(hash_base=hash_base)
     progress.finish()
     return extracted
 
@@ -250,7 +254,7 @@ class _Collector:
     ) -> None:
         self._lanes[lane].feed(hashes.stream(file), offset, data)
 
-    def finish(self) -> Extracted:
+    def finish(self, *, hash_base: bool) -> Extracted:
         for lane in self._lanes:
             lane.catch_up()
         layers, weight_map = {}, {}
@@ -263,8 +267,10 @@ class _Collector:
             records,
             layers,
             weight_map,
-            self._tuned_hashes.records({r.tuned_name: r.tuned for r in records}),
-            self._base_hashes.records({r.name: r.base for r in records if r.base}),
+            self._tuned_hashes.records({r.tuned_name: r.tuned for r in records if r.tuned}),
+            self._base_hashes.records({r.name: r.base for r in records if r.base})
+            if hash_base
+            else (),
         )
 
 

@@ -12,21 +12,32 @@ from pathlib import Path
 from typing import Any
 
 from hubdiff._version import __version__
+from hubdiff.adapter import CONFIG, Adapter, is_adapter, open_adapter, place_adapter
 from hubdiff.card import PICTURE, delta_card
-from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_json
 from hubdiff.errors import CannotDiff, RefError
 from hubdiff.extract import Extracted, extract
+from hubdiff.factored import extract_adapter, extract_truncated
 from hubdiff.facts import facts, note_problems
 from hubdiff.files import FileTree, open_tree
 from hubdiff.hashing import check_hash, hash_bytes
 from hubdiff.lineage import code_provenance
-from hubdiff.manifest import FileRecord, Manifest, NotCarried, Side, TensorRecord, TunedFile
+from hubdiff.manifest import (
+    FileRecord,
+    Lossy,
+    Manifest,
+    NotCarried,
+    Side,
+    TensorRecord,
+    TunedFile,
+)
 from hubdiff.pair import HEADS, Filters, Pair, pair_models
 from hubdiff.picture import layer_picture
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.sidecars import NotCarried as StaysBehind
 from hubdiff.sidecars import classify
+from hubdiff.truncate import Truncation
 from hubdiff.writer import DELTA, Sink, open_sink
 
 DELTA_INDEX = "delta.safetensors.index.json"
@@ -85,6 +96,8 @@ def push_delta(
     base: str | Path | None = None,
     plain: bool = False,
     tuned_master: str | Path | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     private: bool = False,
@@ -98,11 +111,15 @@ def push_delta(
 
     Args:
         tuned, base: refs (``org/name``, ``org/name@revision``, ``hf://…``) or folders. ``base``
-            defaults to the ``base_model`` of tuned's card.
+            defaults to the ``base_model`` of tuned's card. ``tuned`` may be a LoRA adapter of PEFT:
+            its factors are kept as they are, and ``base`` defaults to the one its config names.
         repo: where to publish; a path writes the same files into that folder instead.
         plain: dense tensors in the model's dtype instead of the packed encoding.
         tuned_master: the same fine-tune in float32; a better Δ for transfer at small learning
             rates. Own-base rebuilds still give ``tuned``, bit by bit.
+        rank, energy: store matrices as the factors of a truncated SVD, of this rank or holding this
+            share (between 0 and 1) of each matrix's ‖Δ‖². Smaller and lossy: such a delta adds and
+            rebuilds nothing; the error is measured and recorded. One whole matrix is in memory.
         include, exclude: globs on base tensor names. Such a delta can't rebuild ``tuned``.
         force: replace a folder that exists.
         cache: keep what is downloaded in the local Hub cache.
@@ -111,33 +128,43 @@ def push_delta(
     """
     began = time.monotonic()
     progress = progress or Silent()
+    truncation = _truncation(rank, energy, plain)
     destination = ModelRef.parse(repo)
     cache = cache and not dry_run  # a dry run reads no weights
     tuned_tree = open_tree(ModelRef.parse(tuned), cache=cache)
-    base_ref = ModelRef.parse(base) if base is not None else _base_from_card(tuned_tree)
+    adapted, filters = is_adapter(tuned_tree), Filters.of(include, exclude)
+    if adapted and (truncation or plain or tuned_master is not None or filters):
+        raise CannotDiff(
+            f"{tuned_tree.pin} is an adapter, which is published whole and as it is",
+            next_step="Leave out --rank, --energy, --plain, --tuned-master, --include and "
+            "--exclude; apply can leave tensors out.",
+        )
+    base_ref = ModelRef.parse(base) if base is not None else _default_base(tuned_tree, adapted)
     master_ref = ModelRef.parse(tuned_master) if tuned_master is not None else None
     with ExitStack() as stack:
-        one, other, master = (
-            stack.enter_context(open_checkpoint(tree)) if tree else None
-            for tree in (
-                tuned_tree,
-                open_tree(base_ref, cache=cache),
-                open_tree(master_ref, cache=cache) if master_ref else None,
-            )
+        one = open_adapter(tuned_tree) if adapted else None
+        if one is not None:
+            stack.callback(one.close)
+        one = one or stack.enter_context(open_checkpoint(tuned_tree))
+        other, master = (
+            stack.enter_context(open_checkpoint(open_tree(ref, cache=cache))) if ref else None
+            for ref in (base_ref, master_ref)
         )
-        assert one is not None
         assert other is not None
-        pair = pair_models(one, other, master, Filters.of(include, exclude))
-        plan = _plan(pair, destination, dry_run)
+        adapter = place_adapter(one, other) if adapted else None
+        pair = adapter.pair if adapter else pair_models(one, other, master, filters)
+        plan = _plan(pair, destination, dry_run, again=truncation is not None)
         if dry_run:
             return plan
+        for note in adapter.notes if adapter else ():
+            progress.note(note)
         reads = [checkpoint.tree for checkpoint in (one, other, master) if checkpoint]
         note_problems([facts(tree) for tree in reads], progress)
         with open_sink(
             destination, DELTA, reads=reads, force=force, private=private, pr=pr
         ) as sink:
-            push = _Push(pair, sink, destination, progress)
-            manifest = push.run(plain)
+            push = _Push(pair, adapter, sink, destination, progress)
+            manifest = push.run(plain, truncation)
             published = sink.publish(f"Delta of {_name(one.tree)} over {_name(other.tree)}")
     return replace(
         plan,
@@ -151,22 +178,56 @@ def push_delta(
     )
 
 
-def _plan(pair: Pair, destination: ModelRef, dry_run: bool) -> Pushed:
+def _truncation(rank: int | None, energy: float | None, plain: bool) -> Truncation | None:
+    if rank is None and energy is None:
+        return None
+    wrong = None
+    if rank is not None and energy is not None:
+        wrong = "--rank and --energy are two answers to one question"
+    elif plain:
+        wrong = "--plain stores Δ whole, --rank and --energy store factors"
+    elif rank is not None and rank < 1:
+        wrong = f"the rank {rank} is no whole number from 1"
+    elif energy is not None and not 0 < energy < 1:
+        wrong = f"the energy {energy} does not lie between 0 and 1"
+    if wrong is not None:
+        raise CannotDiff(wrong, next_step="Give one of --rank R, --energy E and --plain.")
+    return Truncation(rank, energy)
+
+
+def _plan(pair: Pair, destination: ModelRef, dry_run: bool, *, again: bool) -> Pushed:
+    """``again``: the matrices are read a second time, to be factorised."""
+    pairs = pair.tensors.values()
+    twice = [p for p in pairs if again and p.is_float and len(p.tuned.entry.shape) >= 2]
     return Pushed(
         where=str(destination),
         base=str(pair.base.tree.pin),
         tuned=str(pair.tuned.tree.pin),
         dry_run=dry_run,
-        tuned_bytes=sum(header.file_size for header in pair.tuned.shards.values()),
-        base_bytes=sum(p.base.entry.nbytes for p in pair.tensors.values() if p.base),
+        tuned_bytes=sum(header.file_size for header in pair.tuned.shards.values())
+        + sum(p.tuned.entry.nbytes for p in twice),
+        base_bytes=sum(p.base.entry.nbytes for p in (*pairs, *twice) if p.base),
     )
+
+
+def _default_base(tuned: FileTree, adapted: bool) -> ModelRef:
+    if not adapted:
+        return _base_from_card(tuned)
+    config = read_json(tuned, CONFIG)
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(named, str) or not named:
+        raise CannotDiff(
+            f"{tuned.pin}/{CONFIG} names no base model",
+            next_step="Say which one with --base.",
+        )
+    return _repo_named(f"{named}@{revision}" if isinstance(revision, str) else named, tuned, CONFIG)
 
 
 def _base_from_card(tuned: FileTree) -> ModelRef:
     known = facts(tuned)
     named = known.base_model
     if len(named) == 1:
-        return _repo_named(named[0], tuned)
+        return _repo_named(named[0], tuned, "card")
     found = f"names {len(named)} base models" if named else "names no base_model"
     raise CannotDiff(
         known.problem or f"the card of {tuned.pin} {found}",
@@ -174,13 +235,14 @@ def _base_from_card(tuned: FileTree) -> ModelRef:
     )
 
 
-def _repo_named(text: str, tuned: FileTree) -> ModelRef:
-    """A repo that a card names. It may be a stranger's card: it chooses no folder of this disk."""
+def _repo_named(text: str, tuned: FileTree, by: str) -> ModelRef:
+    """A repo that a card or config names. A stranger may have written it: it chooses no folder of
+    this disk."""
     try:
         return ModelRef.parse(text if text.startswith("hf://") else f"hf://{text}")
     except RefError as error:
         raise CannotDiff(
-            f"the card of {tuned.pin} names the base model {text!r}, which is no repo",
+            f"the {by} of {tuned.pin} names the base model {text!r}, which is no repo",
             next_step="Say which one with --base.",
         ) from error
 
@@ -196,13 +258,20 @@ def _name(tree: FileTree) -> str:
 class _Push:
     """One delta in the making: fills a sink, remembers what went in."""
 
-    def __init__(self, pair: Pair, sink: Sink, destination: ModelRef, progress: Progress) -> None:
-        self._pair, self._sink = pair, sink
+    def __init__(
+        self,
+        pair: Pair,
+        adapter: Adapter | None,
+        sink: Sink,
+        destination: ModelRef,
+        progress: Progress,
+    ) -> None:
+        self._pair, self._adapter, self._sink = pair, adapter, sink
         self._destination, self._progress = destination, progress
         self.files: list[FileRecord] = []
 
-    def run(self, plain: bool) -> Manifest:
-        extracted = extract(self._pair, self._sink.staging, plain=plain, progress=self._progress)
+    def run(self, plain: bool, truncation: Truncation | None) -> Manifest:
+        extracted, lossy = self._extract(plain, truncation)
         for files in extracted.layers.values():
             for record in files:
                 self._sink.finish(record)
@@ -211,12 +280,22 @@ class _Push:
             self._put(DELTA_INDEX, _index(extracted))
         tuned_files, not_carried = self._tuned_side_files()
         self._base_configs()
-        manifest = self._manifest(extracted, tuned_files, not_carried)
+        manifest = replace(self._manifest(extracted, tuned_files, not_carried), lossy=lossy)
         document = json.loads(manifest.to_json())
         self._put(PICTURE, _picture(document))
         self._put("README.md", self._card(document))
         self._put(MANIFEST, manifest.to_json().encode())
         return manifest
+
+    def _extract(
+        self, plain: bool, truncation: Truncation | None
+    ) -> tuple[Extracted, Lossy | None]:
+        pair, folder, progress = self._pair, self._sink.staging, self._progress
+        if self._adapter is not None:
+            return extract_adapter(self._adapter, folder, progress), None
+        if truncation is not None:
+            return extract_truncated(pair, folder, truncation, progress)
+        return extract(pair, folder, plain=plain, progress=progress), None
 
     def _put(self, path: str, data: bytes) -> FileRecord:
         record = self._sink.put(path, data)
@@ -224,7 +303,8 @@ class _Push:
         return record
 
     def _tuned_side_files(self) -> tuple[list[TunedFile], list[NotCarried]]:
-        """Store what tuned has besides its weights, unless the base has the very same file."""
+        """Store what tuned has besides its weights, unless the base has the very same file. An
+        adapter's are all stored: it is exported without its base."""
         tree, base = self._pair.tuned.tree, self._pair.base.tree
         carried: list[TunedFile] = []
         not_carried: list[NotCarried] = []
@@ -232,13 +312,13 @@ class _Push:
             if path in self._pair.tuned.shards:
                 continue
             verdict = classify(path, info.size, self._pair.tuned.shards)
-            if isinstance(verdict, StaysBehind):
+            if isinstance(verdict, StaysBehind) and not (self._adapter and path == CONFIG):
                 not_carried.append(NotCarried(path, info.size, verdict.reason))
                 continue
             data = tree.read_bytes(path)
             record = FileRecord(path, len(data), hash_bytes(data))
             check_hash(record.sha256, info.sha256, f"{tree.pin}/{path}")
-            same = _is_same(record, base)
+            same = self._adapter is None and _is_same(record, base)
             if not same:
                 self._put(f"tuned/{path}", data)
             carried.append(TunedFile(**vars(record), source="base" if same else "delta"))
@@ -256,7 +336,11 @@ class _Push:
     ) -> Manifest:
         pair = self._pair
         weights = [
-            TunedFile(**vars(record), source="weights", header=pair.tuned.shards[record.path].raw)
+            TunedFile(
+                **vars(record),
+                source="adapter" if self._adapter else "weights",
+                header=pair.tuned.shards[record.path].raw,
+            )
             for record in extracted.weights
         ]
         folder = pair.tuned.tree.pin.path
@@ -279,6 +363,7 @@ class _Push:
             ),
             rename=pair.rename,
             aliases=_aliases(extracted.tensors),
+            adapter=self._adapter.tensors if self._adapter else None,
             not_portable_reason=pair.not_portable_reason,
             filters=asdict(pair.filters) if pair.filters else None,
             master=_side(pair.master) if pair.master else None,
@@ -334,7 +419,7 @@ def _aliases(records: Sequence[TensorRecord]) -> dict[str, str]:
         if not head.tuned_name.endswith(HEADS):
             continue
         for other in records:
-            same = other.name != head.name and other.tuned == head.tuned
+            same = other.name != head.name and other.tuned == head.tuned is not None
             if same and other.shape == head.shape and head.base in (None, other.base):
                 aliases[head.name] = other.name
                 break

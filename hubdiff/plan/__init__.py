@@ -74,6 +74,6 @@ def _verdict(
         return Verdict(False, True, f"the scale is {scale:g}")
     if filters:
         return Verdict(False, True, "only some tensors are taken")
-    if delta.manifest.partial:
-        return Verdict(False, True, "the delta holds only some of the tensors")
+    if delta.manifest.no_rebuild_reason:
+        return Verdict(False, True, delta.manifest.no_rebuild_reason)
     return recognise(delta, target)

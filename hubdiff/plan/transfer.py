@@ -66,7 +66,7 @@ class Transfer:
         self.notes.extend(side.notes)
         return MergePlan(
             TRANSFER,
-            f"the target is not the delta's own base: {self.verdict.reason}",
+            self._reason(),
             self.scale,
             self.delta,
             self.target,
@@ -78,9 +78,14 @@ class Transfer:
             kept=self._kept(match, added),
         )
 
+    def _reason(self) -> str:
+        if self.verdict.reason == self.delta.manifest.no_rebuild_reason:
+            return f"the delta has no own base to rebuild on: {self.verdict.reason}"
+        return f"the target is not the delta's own base: {self.verdict.reason}"
+
     def _kept(self, match: Match, added: dict[str, TensorRecord]) -> tuple[str, ...]:
         """The target's tensors that the tuned model has no counterpart of."""
-        if self.delta.manifest.partial:
+        if not self.delta.manifest.complete:
             return ()
         known = {*match.pairs.values(), *added}
         return tuple(name for name in self.target.tensors if name not in known)
