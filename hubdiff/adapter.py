@@ -2,8 +2,8 @@
 to. Reads its config, headers and names; no weights.
 
 The change that an adapter makes to a matrix is a product, ``Δ = s · B · A`` with s = α/r (α/√r for
-rsLoRA); embeddings and GPT-2's ``Conv1D`` store their matrix transposed, so there Δ = s · Aᵀ · Bᵀ. What
-else it has (``modules_to_save``, trained biases) are whole tensors with an ordinary difference.
+rsLoRA); embeddings and GPT-2's ``Conv1D`` store their matrix transposed, so there Δ = s · Aᵀ · Bᵀ.
+What else it has (``modules_to_save``, trained biases) are whole tensors with a plain difference.
 Everything that would make Δ another thing than that is refused by name, unknown settings too: a
 variant of LoRA that this module has not heard of must not be taken for LoRA.
 """
@@ -30,13 +30,14 @@ _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?")
 
 # Settings that change how an adapter is trained, found or loaded, and not what it adds.
-_HARMLESS = frozenset(
-    "auto_mapping base_model_name_or_path revision peft_type peft_version task_type inference_mode r "
-    "target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora "
-    "modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern "
-    "megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config velora_config "
-    "qalora_group_size ensure_weight_tying runtime_config".split()
-)
+_HARMLESS = frozenset({
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config",
+})  # fmt: skip
 # Ways to start a training that change the base, so that factors alone don't say what was added.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -107,8 +108,8 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
     def refuse(what: str) -> CannotDiff:
         return CannotDiff(
             f"{where}: {what}",
-            next_step="Merge the adapter into its base (peft: merge_and_unload, save_pretrained) and "
-            "give the merged model.",
+            next_step="Merge the adapter into its base (peft: merge_and_unload, save_pretrained) "
+            "and give the merged model.",
         )
 
     if config.get("peft_type") != "LORA":
@@ -275,8 +276,8 @@ class _Placing:
         linear = {straight for name, straight in known.items() if name not in self._embeddings}
         if square and not linear <= {declared}:
             raise self._refuse(
-                f"{square[0]} is square, and fan_in_fan_out is not true of every module: whether it "
-                "is stored transposed can't be told"
+                f"{square[0]} is square, and fan_in_fan_out is not true of every module: whether "
+                "it is stored transposed can't be told"
             )
         return known | dict.fromkeys(square, declared)
 

@@ -31,6 +31,7 @@ HubdiffError
 │   ├── NamesMismatch        tensors that can't be matched by name
 │   ├── NotPortable          only the own base will do (quantised weights, raw bits)
 │   └── WrongBase            an own-base rebuild asked for on something else
+├── CannotExport             a delta that the wanted format can't express
 └── OutputError              the place to write to
     ├── OutputExists         it holds something already
     ├── DiskFull             no room left
@@ -153,6 +154,10 @@ class NotPortable(CannotApply):
 
 
 class WrongBase(CannotApply):
+    pass
+
+
+class CannotExport(HubdiffError):
     pass
 
 

@@ -164,7 +164,8 @@ class _Seen:
 
 def _survey(base: Checkpoint, wanted: set[str], progress: Progress) -> _Seen:
     """Read a model once, file by file."""
-    hashes, tensors = FileHashes(base), {}
+    hashes = FileHashes(base)
+    tensors: dict[str, _SeenTensor] = {}
     digest, start, square = tensor_hash(), bytearray(), 0.0
 
     def read(block: Block) -> list[tuple[Span, memoryview, float]]:

@@ -55,8 +55,8 @@ class FileRecord:
 @dataclass(frozen=True)
 class TunedFile(FileRecord):
     """A file of the tuned repo and where its bytes come from: ``weights`` (rebuilt tensor by
-    tensor under ``header``), ``adapter`` (likewise, out of what ``Manifest.adapter`` says), ``delta``
-    (stored in the delta repo) or ``base`` (equal to the base's file of that path)."""
+    tensor under ``header``), ``adapter`` (likewise, out of what ``Manifest.adapter`` says),
+    ``delta`` (stored in the delta repo) or ``base`` (equal to the base's file of that path)."""
 
     source: str
     header: bytes | None = None

@@ -82,7 +82,7 @@ class _SVD:
         return min(int((kept < energy).sum()) + 1, self.rank)
 
     def product(self, rank: int, dtype: str) -> Product:
-        return Product(*self._delta.shape, rank, dtype, 1.0)
+        return Product.of(tuple(self._delta.shape), rank, dtype, 1.0)
 
     def factors(self, rank: int, energy: float, most_bytes: int) -> Truncated | None:
         """The smaller of BF16 and F32 factors that will do."""

@@ -42,7 +42,7 @@ def load(
     try:
         merged = Path(folder.name, "model")
         apply(delta, target, output=merged, scale=scale, device=device, cache=cache)
-        model: PreTrainedModel = _model_class(merged).from_pretrained(
+        model: PreTrainedModel = model_class(merged).from_pretrained(
             merged, **{**from_pretrained_kwargs, "trust_remote_code": False}
         )
     except BaseException:
@@ -70,8 +70,8 @@ def _check_arguments(wanted: dict[str, Any]) -> None:
         )
 
 
-def _model_class(folder: Path) -> Any:
-    """The class that ``config.json`` names, one of transformers' own."""
+def model_class(folder: Path) -> Any:
+    """The class that ``config.json`` names, one of transformers' own; else ``CheckpointError``."""
     import transformers
 
     for name in _architectures(folder):

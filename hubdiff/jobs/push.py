@@ -78,8 +78,10 @@ class Pushed:
             "read": {"tuned": self.tuned_bytes, "base": self.base_bytes},
         }
         if not self.dry_run:
+            lossy = self.manifest.lossy if self.manifest else None
             document |= {
                 "delta_bytes": self.delta_bytes,
+                "error": lossy and lossy.error,
                 "files": [asdict(file) for file in self.files],
                 "seconds": round(self.seconds, 3),
                 "url": self.url,
