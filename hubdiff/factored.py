@@ -63,7 +63,9 @@ def extract_adapter(adapter: Adapter, folder: Path, progress: Progress) -> Extra
     fingerprints and norms. Raises ``CannotDiff`` for factors that are not finite, or a copy of a
     base's tensor that is none."""
     with _scratch(folder) as scratch:
-        whole = extract(adapter.pair, scratch, plain=False, progress=progress, hash_base=False)
+        # The result on the own base should be the tuned tensor: not with a Δ rounded to BF16.
+        plain = any(_has_float32(pair) for pair in adapter.pair.tensors.values())
+        whole = extract(adapter.pair, scratch, plain=plain, progress=progress, hash_base=False)
         seen = _survey(adapter.pair.base, set(adapter.factors), progress)
         _check_copies(adapter, seen)
         with _Layers(folder, scratch, whole) as layers:
@@ -74,6 +76,10 @@ def extract_adapter(adapter: Adapter, folder: Path, progress: Progress) -> Extra
             records += [layers.keep(record) for record in whole.tensors]
             files, weight_map = layers.finish()
     return Extracted(tuple(records), files, weight_map, whole.weights, seen.files)
+
+
+def _has_float32(pair: TensorPair) -> bool:
+    return "F32" in {placed.entry.dtype for placed in (pair.tuned, pair.base) if placed}
 
 
 def _adapter_record(
