@@ -294,7 +294,7 @@ def _manifest(root: fields.Fields) -> Manifest:
             )
             for i in tuned.children("not_carried")
         ),
-        tensors=tuple(_tensor(item) for item in root.children("tensors")),
+        tensors=tuple(_tensor(item, adapter is not None) for item in root.children("tensors")),
         removed=tuple(root.get("removed", fields.strings)),
         layers={g: tuple(_file(item) for item in layers.children(g)) for g in GROUPS},
         side_files=tuple(_file(item) for item in root.children("side_files")),
@@ -415,7 +415,7 @@ def _tensor_json(record: TensorRecord) -> dict[str, Any]:
     return document
 
 
-def _tensor(reader: fields.Fields) -> TensorRecord:
+def _tensor(reader: fields.Fields, of_adapter: bool) -> TensorRecord:
     name = reader.get("name", fields.string)
     dtype = reader.get("dtype", fields.one_of(*DTYPE_BITS))
     shape = tuple(reader.get("shape", fields.naturals))
@@ -427,13 +427,12 @@ def _tensor(reader: fields.Fields) -> TensorRecord:
     parts = tuple(_part(item) for item in reader.children("parts"))
     _check_parts(parts, dtype, base_dtype, reader)
     _check_low_rank(parts, shape, reader)
-    factors = any(part.low_rank for part in parts)
     return TensorRecord(
         name=name,
         shape=shape,
         dtype=dtype,
         base_dtype=base_dtype,
-        tuned=reader.get("tuned", fields.optional(fields.digest) if factors else fields.digest),
+        tuned=reader.get("tuned", fields.optional(fields.digest) if of_adapter else fields.digest),
         base=reader.get("base", fields.digest if base_dtype else fields.nothing),
         probe=reader.get("probe", fields.digest if base_dtype else fields.nothing),
         parts=parts,
