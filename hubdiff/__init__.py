@@ -20,6 +20,7 @@ from hubdiff.errors import HubdiffError
 if TYPE_CHECKING:
     from hubdiff.delta import open_delta
     from hubdiff.jobs.apply import apply
+    from hubdiff.jobs.export import export
     from hubdiff.jobs.inspect import inspect
     from hubdiff.jobs.load import load
     from hubdiff.jobs.push import push_delta
@@ -30,6 +31,7 @@ __all__ = [
     "HubdiffError",
     "__version__",
     "apply",
+    "export",
     "inspect",
     "load",
     "open_delta",
@@ -40,6 +42,7 @@ __all__ = [
 
 _HOMES = {
     "apply": "hubdiff.jobs.apply",
+    "export": "hubdiff.jobs.export",
     "inspect": "hubdiff.jobs.inspect",
     "load": "hubdiff.jobs.load",
     "open_delta": "hubdiff.delta",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PICTURE = "layers.png"
 _FILES_SHOWN = 5
+_ERRORS_SHOWN = 10
 
 
 def template(name: str) -> str:
@@ -61,6 +62,7 @@ def delta_card(
         _Parent("master of the tuned model", master or {}),
     ]
     title, filters = repo or name or "delta", manifest.get("filters")
+    rebuilds = not (filters or manifest.get("adapter") or manifest.get("lossy"))
     metadata = {
         **_licence(parents),
         **_task(tuned_card),
@@ -79,9 +81,12 @@ def delta_card(
         portable=manifest.get("portable") is not False,
         not_portable_reason=manifest.get("not_portable_reason"),
         partial=bool(filters),
+        adapter=manifest.get("adapter") is not None,
+        lossy=manifest.get("lossy"),
+        errors=_worst_errors(manifest),
         include=(filters or {}).get("include") or (),
         exclude=(filters or {}).get("exclude") or (),
-        shell=_shell(_here(repo, name), _ref(base), "./result" if filters else "./restored"),
+        shell=_shell(_here(repo, name), _ref(base), "./restored" if rebuilds else "./result"),
         python=f"import hubdiff\n\nmodel = hubdiff.load({_here(repo, name)!r}, {_ref(base)!r})",
         numbers=[*_numbers(summarise(manifest)), *(measurements or {}).items()],
         picture=picture,
@@ -157,6 +162,7 @@ def _render(name: str, metadata: Mapping[str, Any], **values: Any) -> ModelCard:
         block=markdown.block,
         source=_source,
         size=size_text,
+        percent=percent,
         version=__version__,
     )
     data = ModelCardData(**metadata)
@@ -300,6 +306,17 @@ def _numbers(summary: Summary) -> list[tuple[str, str]]:
     if summary.relative_norm is not None:
         rows.append(("‖Δ‖ / ‖base‖", percent(summary.relative_norm)))
     return rows
+
+
+def _worst_errors(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What truncation cost, tensor by tensor: those that lost most, and how many more there are."""
+    found = [
+        {"name": tensor.get("name"), **part["low_rank"]}
+        for tensor in manifest.get("tensors") or ()
+        for part in tensor.get("parts") or ()
+        if part.get("low_rank")
+    ]
+    return sorted(found, key=lambda item: -item["error"])[:_ERRORS_SHOWN]
 
 
 def _by_reason(files: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ Opening reads the manifest; the headers of a group of layer files are read when 
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from hubdiff.manifest import GROUPS, Manifest, TensorRecord, parse_manifest
 from hubdiff.payloads import DAMAGED, Index, PlacedPart, SpanBytes, SpanPayload
 from hubdiff.refs import ModelRef
 from hubdiff.safetensors_io import read_header, tensor_bytes
-from hubdiff.stream import Range, Span, read_ranges, unit_bytes
+from hubdiff.stream import MOST_WORKERS, Range, Span, read_ranges, unit_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,7 @@ class Delta:
     manifest: Manifest
     _layers: dict[str, Checkpoint] = field(default_factory=dict)
     _indices: dict[tuple[str, str], Index] = field(default_factory=dict)
+    _factors: OrderedDict[str, Index] = field(default_factory=OrderedDict)
     _stack: ExitStack = field(default_factory=ExitStack)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -87,6 +89,8 @@ class Delta:
                 + ("missing" if placed is None else f"not the {part.bytes:,} bytes declared"),
                 next_step=DAMAGED,
             )
+        if part.low_rank:  # the manifest has it, and its size was checked with it
+            return PlacedPart(part, placed, record.shape, count)
         if part.encoding not in ENCODINGS:
             raise CorruptPayload(
                 f"{self.tree.pin}: tensor {record.name!r} has the unknown encoding "
@@ -104,7 +108,7 @@ class Delta:
                 f"{self.tree.pin}: tensor {record.name!r} is not the dense tensor declared",
                 next_step=DAMAGED,
             )
-        return PlacedPart(part, placed, count)
+        return PlacedPart(part, placed, record.shape, count)
 
     def payload(
         self, part: PlacedPart, span: Span, read: Callable[[Range], memoryview]
@@ -120,6 +124,9 @@ class Delta:
             )
         if span.units == part.count:
             return SpanPayload(part, Range(part.placed.file, entry.begin, entry.end), None)
+        if part.part.low_rank:
+            nothing = Range(part.placed.file, entry.begin, entry.begin)
+            return SpanPayload(part, nothing, self._factors_of(part, read))
         index = self._index(part, read)
         blobs, layers = index.blobs, len(part.part.layers)
         head = blobs[span.first // SEGMENT * layers]
@@ -133,6 +140,19 @@ class Delta:
             if key not in self._indices:
                 self._indices[key] = part.parse_index(read(part.index_range))
             return self._indices[key]
+
+    def _factors_of(self, part: PlacedPart, read: Callable[[Range], memoryview]) -> Index:
+        """The factors of a tensor that has several spans: read once, kept while they are in work,
+        which no more tensors are at a time than there are blocks."""
+        entry = part.placed.entry
+        with self._lock:
+            if entry.name not in self._factors:
+                raw = read(Range(part.placed.file, entry.begin, entry.end))
+                self._factors[entry.name] = Index(bytes(raw), [])
+            self._factors.move_to_end(entry.name)
+            if len(self._factors) > MOST_WORKERS + 2:
+                self._factors.popitem(last=False)
+            return self._factors[entry.name]
 
     def read(self, steps: Iterable[DeltaSpan]) -> dict[Span, list[SpanBytes]]:
         """The encoded bytes of spans, given with the record and the groups wanted (no record:

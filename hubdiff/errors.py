@@ -31,6 +31,7 @@ HubdiffError
 │   ├── NamesMismatch        tensors that can't be matched by name
 │   ├── NotPortable          only the own base will do (quantised weights, raw bits)
 │   └── WrongBase            an own-base rebuild asked for on something else
+├── CannotExport             a delta that the wanted format can't express
 ├── RankLost                 another of the processes that torchrun started failed or is gone
 └── OutputError              the place to write to
     ├── OutputExists         it holds something already
@@ -156,6 +157,10 @@ class NotPortable(CannotApply):
 
 
 class WrongBase(CannotApply):
+    pass
+
+
+class CannotExport(HubdiffError):
     pass
 
 

@@ -98,10 +98,17 @@ class _Piece:
 
 
 def extract(
-    pair: Pair, folder: Path, *, plain: bool, progress: Progress, ranks: Ranks = ALONE
+    pair: Pair,
+    folder: Path,
+    *,
+    plain: bool,
+    progress: Progress,
+    hash_base: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Extracted:
     """Write the layer files of ``pair`` into ``folder``, of several ranks each its share. ``plain``
-    stores Δ as dense tensors."""
+    stores Δ as dense tensors. Without ``hash_base`` no more of the base is read than the pair
+    needs, and no file of it is known by content."""
     shards = pair.tuned.shards
     mine = ranks.share(list(shards), lambda file: shards[file].file_size)
     if any(needs_torch(item) for item in pair.tensors.values()):
@@ -122,7 +129,8 @@ def extract(
     given = ranks.gather({file: asdict(one) for file, one in found.items()}, "comparing")
     everyone = {file: one for rank in given for file, one in rank.items()}
     compared = [_Compared.from_json(everyone[file]) for file in shards]
-    return _number(folder, compared, mine, _base_files(pair, compared, base_hashes, ranks))
+    base_files = _base_files(pair, compared, base_hashes, ranks) if hash_base else ()
+    return _number(folder, compared, mine, base_files)
 
 
 def _compare(
@@ -337,7 +345,7 @@ class _Collector:
             lane.catch_up()
         records = tuple(self._records)
         return _Compared(
-            self._tuned_hashes.check(file, {r.tuned_name: r.tuned for r in records}),
+            self._tuned_hashes.check(file, {r.tuned_name: r.tuned for r in records if r.tuned}),
             records,
             {group: layer.finish() for group, layer in self._layers.items()},
         )

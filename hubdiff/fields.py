@@ -103,6 +103,12 @@ def number(value: Any) -> float:
     return float(value)
 
 
+def finite(value: Any) -> float:
+    if type(value) not in (int, float) or not -1e300 < value < 1e300:
+        raise WrongField("a finite number")
+    return float(value)
+
+
 def naturals(value: Any) -> list[int]:
     return [natural(item) for item in array(value)]
 

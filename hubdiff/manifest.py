@@ -17,6 +17,7 @@ from typing import Any
 import zstandard
 
 from hubdiff import fields
+from hubdiff.encodings import low_rank
 from hubdiff.errors import NewerFormat
 from hubdiff.names import Rename
 from hubdiff.safetensors_io import (
@@ -37,6 +38,8 @@ LAYERS = {
     "exact": (("raw",), ("ulp",)),
 }
 _FLOATS = ("BF16", "F16", "F32")
+# Sources of a file that is put together from tensors, under a header of its own.
+_REBUILT = ("weights", "adapter")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -52,8 +55,8 @@ class FileRecord:
 @dataclass(frozen=True)
 class TunedFile(FileRecord):
     """A file of the tuned repo and where its bytes come from: ``weights`` (rebuilt tensor by
-    tensor under ``header``), ``delta`` (stored in the delta repo) or ``base`` (equal to the base's
-    file of that path)."""
+    tensor under ``header``), ``adapter`` (likewise, out of what ``Manifest.adapter`` says),
+    ``delta`` (stored in the delta repo) or ``base`` (equal to the base's file of that path)."""
 
     source: str
     header: bytes | None = None
@@ -84,10 +87,29 @@ class Side:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """What a part of the encoding ``low-rank`` holds: Δ = ``scale`` · L · R, factors of ``dtype``.
+
+    ``alpha`` is an adapter's, None for a truncated Δ. That has ``error``, ‖Δ − scale·L·R‖/‖Δ‖ as
+    measured, and ``energy``, the share of ‖Δ‖² in the singular values kept; of an adapter, whose Δ
+    is the product, ``error`` is 0 and ``energy`` None."""
+
+    rank: int
+    alpha: float | None
+    scale: float
+    dtype: str
+    error: float
+    energy: float | None
+
+    def product(self, shape: tuple[int, ...]) -> low_rank.Product:
+        return low_rank.Product.of(shape, self.rank, self.dtype, self.scale)
+
+
+@dataclass(frozen=True)
 class Part:
     """Encoded bytes of one tensor in one group of files. ``layers`` are ``("hi", "lo")``,
     ``("hi",)``, ``("lo",)``, ``("raw",)`` or ``("ulp",)``; ``dtype`` is that of the decoded
-    values."""
+    values. ``low_rank`` belongs to the encoding of that name, and no other part has it."""
 
     group: str
     layers: tuple[str, ...]
@@ -95,19 +117,43 @@ class Part:
     dtype: str
     bytes: int
     blake3: str
+    low_rank: LowRank | None = None
+
+
+@dataclass(frozen=True)
+class AdapterTensor:
+    """One tensor of an adapter's file, ``name``, and what it is to the record ``tensor``: the
+    ``left`` or ``right`` factor, the ``whole`` tuned tensor, or the ``base``'s tensor again.
+    ``transposed``: a factor that stands transposed in the file."""
+
+    name: str
+    tensor: str
+    role: str
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """How a truncated Δ was asked for, by ``rank`` or by ``energy``, and the relative ``error`` of
+    all of it: √(Σ‖Δ − what is stored‖²) / √(Σ‖Δ‖²)."""
+
+    rank: int | None
+    energy: float | None
+    error: float
 
 
 @dataclass(frozen=True)
 class TensorRecord:
     """One tensor of the tuned model. ``name`` is the base's name where the base has it. No parts:
     unchanged. ``base_dtype`` None: added by the tune. ``probe`` is the blake3 of the base tensor's
-    first bytes, for recognising the base cheaply."""
+    first bytes, for recognising the base cheaply. ``tuned`` is None where an adapter has factors
+    for the tensor: it has no bytes of its own then."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     base_dtype: str | None
-    tuned: str
+    tuned: str | None
     base: str | None
     probe: str | None
     parts: tuple[Part, ...]
@@ -150,6 +196,8 @@ class Manifest:
     filters: dict[str, tuple[str, ...]] | None = None
     master: Side | None = None
     provenance: dict[str, Any] | None = None
+    adapter: tuple[AdapterTensor, ...] | None = None
+    lossy: Lossy | None = None
     policy: dict[str, str] = field(
         default_factory=lambda: {"only_in_tuned": "add", "only_in_base": "keep"}
     )
@@ -158,6 +206,20 @@ class Manifest:
     def partial(self) -> bool:
         """Made with --include or --exclude: portable, but no own-base rebuild."""
         return self.filters is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor of the tuned model has a record."""
+        return not self.partial and self.adapter is None
+
+    @property
+    def no_rebuild_reason(self) -> str | None:
+        """Why there is no own base on which the tuned model comes back; None where there is."""
+        if self.adapter is not None:
+            return "the tuned model is an adapter, which is added to its base too"
+        if self.lossy is not None:
+            return f"the delta is lossy, a truncated Δ ({_truncation(self.lossy)})"
+        return "the delta holds only some of the tensors" if self.partial else None
 
     def to_json(self) -> str:
         document = {
@@ -187,6 +249,10 @@ class Manifest:
             "provenance": self.provenance,
             "tensors": [_tensor_json(record) for record in self.tensors],
         }
+        if self.adapter is not None:
+            document["adapter"] = {"tensors": [asdict(tensor) for tensor in self.adapter]}
+        if self.lossy is not None:
+            document["lossy"] = asdict(self.lossy)
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -212,6 +278,8 @@ def _manifest(root: fields.Fields) -> Manifest:
     rename = root.optional_child("rename")
     layers = root.child("layers")
     filters = root.optional_child("filters")
+    adapter = root.optional_child("adapter") if "adapter" in root else None
+    lossy = root.optional_child("lossy") if "lossy" in root else None
     _check_header_sizes(tuned)
     manifest = Manifest(
         hubdiff_version=root.get("hubdiff_version", fields.string),
@@ -226,7 +294,7 @@ def _manifest(root: fields.Fields) -> Manifest:
             )
             for i in tuned.children("not_carried")
         ),
-        tensors=tuple(_tensor(item) for item in root.children("tensors")),
+        tensors=tuple(_tensor(item, adapter is not None) for item in root.children("tensors")),
         removed=tuple(root.get("removed", fields.strings)),
         layers={g: tuple(_file(item) for item in layers.children(g)) for g in GROUPS},
         side_files=tuple(_file(item) for item in root.children("side_files")),
@@ -242,6 +310,10 @@ def _manifest(root: fields.Fields) -> Manifest:
         else None,
         master=_side(master) if (master := root.optional_child("master")) else None,
         provenance=root.get("provenance", fields.optional(fields.mapping)),
+        adapter=tuple(_adapter_tensor(item) for item in adapter.children("tensors"))
+        if adapter
+        else None,
+        lossy=_lossy(lossy) if lossy else None,
         policy=root.get("policy", fields.string_map),
     )
     _check_names(manifest, root)
@@ -265,10 +337,10 @@ def _check_names(manifest: Manifest, root: fields.Fields) -> None:
         if twice is not None:
             raise root.bad("tensors", f"two tensors have the {kind} {twice!r}")
     for file in manifest.tuned_files:
-        if file.source == "weights" and "/" in file.path:
+        if file.source in _REBUILT and "/" in file.path:
             raise root.bad("tuned.files", f"the weights file {file.path!r} is not at the root")
         # With another ending one could take the place of the result's card or config.
-        if file.source == "weights" and not file.path.endswith(".safetensors"):
+        if file.source in _REBUILT and not file.path.endswith(".safetensors"):
             raise root.bad("tuned.files", f"the weights file {file.path!r} is no .safetensors")
     if len({file.path for file in manifest.tuned_files}) != len(manifest.tuned_files):
         raise root.bad("tuned.files", "names a path twice")
@@ -327,9 +399,9 @@ def _tuned_file_json(file: TunedFile) -> dict[str, Any]:
 
 
 def _tuned_file(reader: fields.Fields) -> TunedFile:
-    source = reader.get("source", fields.one_of("weights", "delta", "base"))
+    source = reader.get("source", fields.one_of(*_REBUILT, "delta", "base"))
     record = _file(reader)
-    header = reader.get("header", _header) if source == "weights" else None
+    header = reader.get("header", _header) if source in _REBUILT else None
     return TunedFile(record.path, record.size, record.sha256, source, header)
 
 
@@ -337,10 +409,13 @@ def _tensor_json(record: TensorRecord) -> dict[str, Any]:
     document = asdict(record)
     if record.tuned_name == record.name:
         del document["tuned_name"]
+    for part in document["parts"]:
+        if part["low_rank"] is None:
+            del part["low_rank"]
     return document
 
 
-def _tensor(reader: fields.Fields) -> TensorRecord:
+def _tensor(reader: fields.Fields, of_adapter: bool) -> TensorRecord:
     name = reader.get("name", fields.string)
     dtype = reader.get("dtype", fields.one_of(*DTYPE_BITS))
     shape = tuple(reader.get("shape", fields.naturals))
@@ -351,12 +426,13 @@ def _tensor(reader: fields.Fields) -> TensorRecord:
         raise reader.bad("shape", str(error)) from error
     parts = tuple(_part(item) for item in reader.children("parts"))
     _check_parts(parts, dtype, base_dtype, reader)
+    _check_low_rank(parts, shape, reader)
     return TensorRecord(
         name=name,
         shape=shape,
         dtype=dtype,
         base_dtype=base_dtype,
-        tuned=reader.get("tuned", fields.digest),
+        tuned=reader.get("tuned", fields.optional(fields.digest) if of_adapter else fields.digest),
         base=reader.get("base", fields.digest if base_dtype else fields.nothing),
         probe=reader.get("probe", fields.digest if base_dtype else fields.nothing),
         parts=parts,
@@ -388,19 +464,73 @@ def _check_parts(
             raise reader.bad("parts", f"holds a difference of {dtype} and {base_dtype} tensors")
 
 
+def _check_low_rank(parts: tuple[Part, ...], shape: tuple[int, ...], reader: fields.Fields) -> None:
+    """The factors must have the very size that shape and rank give: nothing is read before."""
+    for part in parts:
+        if part.low_rank is None:
+            continue
+        if (part.group, part.layers, part.dtype) != ("delta", ("hi",), "F32"):
+            raise reader.bad("parts", "holds a low-rank Δ that is no hi of dtype F32")
+        if len(shape) < 2:
+            raise reader.bad("parts", f"holds a low-rank Δ of a tensor of {len(shape)} dimensions")
+        expected = part.low_rank.product(shape).nbytes
+        if part.bytes != expected:
+            raise reader.bad(
+                "parts",
+                f"holds {part.bytes:,} bytes of factors; shape {list(shape)} and rank "
+                f"{part.low_rank.rank:,} make {expected:,}",
+            )
+
+
+def _adapter_tensor(reader: fields.Fields) -> AdapterTensor:
+    return AdapterTensor(
+        name=reader.get("name", fields.string),
+        tensor=reader.get("tensor", fields.string),
+        role=reader.get("role", fields.one_of("left", "right", "whole", "base")),
+        transposed=reader.get("transposed", fields.boolean),
+    )
+
+
+def _lossy(reader: fields.Fields) -> Lossy:
+    return Lossy(
+        rank=reader.get("rank", fields.optional(fields.positive)),
+        energy=reader.get("energy", fields.optional(fields.number)),
+        error=reader.get("error", fields.number),
+    )
+
+
+def _truncation(lossy: Lossy) -> str:
+    asked = f"rank {lossy.rank}" if lossy.rank is not None else f"energy {lossy.energy}"
+    return f"{asked}, error {100 * lossy.error:.3g} %"
+
+
+def _low_rank(reader: fields.Fields) -> LowRank:
+    return LowRank(
+        rank=reader.get("rank", fields.positive),
+        alpha=reader.get("alpha", fields.optional(fields.finite)),
+        scale=reader.get("scale", fields.finite),
+        dtype=reader.get("dtype", fields.one_of(*low_rank.DTYPES)),
+        error=reader.get("error", fields.number),
+        energy=reader.get("energy", fields.optional(fields.number)),
+    )
+
+
 def _part(reader: fields.Fields) -> Part:
     group = reader.get("group", fields.one_of(*GROUPS))
     layers = tuple(reader.get("layers", fields.strings))
     if layers not in LAYERS[group]:
         known = [list(layers) for layers in LAYERS[group]]
         raise reader.bad("layers", f"is {list(layers)!r}; known are {known}")
+    encoding = reader.get("encoding", fields.string)
+    factors = reader.child("low_rank") if encoding == low_rank.NAME else None
     return Part(
         group=group,
         layers=layers,
-        encoding=reader.get("encoding", fields.string),
+        encoding=encoding,
         dtype=reader.get("dtype", fields.one_of(*DTYPE_BITS)),
         bytes=reader.get("bytes", fields.natural),
         blake3=reader.get("blake3", fields.digest),
+        low_rank=_low_rank(factors) if factors else None,
     )
 
 

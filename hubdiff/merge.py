@@ -195,27 +195,31 @@ class _Maker:
         made = []
         for span, step in steps:
             source = sources[wanted[span]] if step.source else None
-            result = self._combined(span, step, source, payloads[span])
+            result = make_span(span, step, source, payloads[span], self._device, self._trims)
             self._output.write_at(span.begin, result)
             made.append(_Made(span, step, result, source, payloads[span]))
         return made
 
-    def _combined(
-        self,
-        span: Span,
-        step: Step,
-        source: memoryview | None,
-        payloads: list[list[SpanBytes]],
-    ) -> memoryview:
-        if not needs_torch(step, self._device):
-            result = combine_quick(span, step, source, payloads)
-            if result is not None:
-                return result
-        import torch
 
-        from hubdiff.combine import combine
+def make_span(
+    span: Span,
+    step: Step,
+    source: memoryview | None,
+    payloads: list[list[SpanBytes]],
+    device: str,
+    trims: Trims,
+) -> memoryview:
+    """The bytes of ``span`` in the result. ``source`` are the target's bytes for it, ``payloads``
+    what each term of ``step`` has for it. Raises ``CorruptPayload``."""
+    if not needs_torch(step, device):
+        result = combine_quick(span, step, source, payloads)
+        if result is not None:
+            return result
+    import torch
 
-        return combine(span, step, source, payloads, torch.device(self._device), self._trims)
+    from hubdiff.combine import combine
+
+    return combine(span, step, source, payloads, torch.device(device), trims)
 
 
 def _read_terms(steps: list[tuple[Span, Step]]) -> dict[Span, list[list[SpanBytes]]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hubdiff.checkpoint import Placed
-from hubdiff.encodings import ENCODINGS
+from hubdiff.encodings import ENCODINGS, SEGMENT
 from hubdiff.encodings.payload import BlobRange, index_bytes, parse_index
 from hubdiff.errors import CorruptPayload
 from hubdiff.hashing import check_hash, tensor_hash
@@ -35,7 +35,8 @@ class PlacedPart:
 
     part: Part
     placed: Placed
-    count: int  # units of the tensor
+    shape: tuple[int, ...]  # of the tensor
+    count: int  # its units
 
     @property
     def dense(self) -> bool:
@@ -60,7 +61,8 @@ class PlacedPart:
 
 @dataclass(frozen=True)
 class Index:
-    """The head of a payload: its bytes, and where each blob lies relative to the payload."""
+    """The head of a payload: its bytes, and where each blob lies relative to the payload. The
+    factors of a low-rank Δ are all head: any element may need them, and they are small."""
 
     raw: bytes
     blobs: list[BlobRange]
@@ -76,8 +78,13 @@ class SpanPayload:
     index: Index | None
 
     def blobs(self, view: memoryview, span: Span) -> Iterator[list[memoryview]]:
-        """The blobs of each segment of ``span``, layer by layer, out of the bytes at ``range``."""
+        """The blobs of each segment of ``span``, layer by layer, out of the bytes at ``range``; of
+        a low-rank Δ, whose factors every segment needs, all of the payload."""
         part = self.part
+        if part.part.low_rank:
+            for _ in span.segments():
+                yield [memoryview(self.index.raw) if self.index else view]
+            return
         if part.dense:
             size = unit_bytes(part.part.dtype)
             for _, where in span.segments():
@@ -106,10 +113,26 @@ def decode_segments(
     for (segment, units), *found in zip(span.segments(), *blobs, strict=True):
         layers: Layers = {}
         for payload, here in zip(payloads, found, strict=True):
-            part = payload.where.part.part
+            placed = payload.where.part
             name = f"{where}, tensor {span.entry.name}, segment {segment}"
-            layers |= decode_layers(part, here, units.stop - units.start, name)
+            if placed.part.low_rank:
+                layers |= _multiply(placed, here[0], segment, units.stop - units.start, name)
+            else:
+                layers |= decode_layers(placed.part, here, units.stop - units.start, name)
         yield units, layers
+
+
+def _multiply(
+    placed: PlacedPart, factors: memoryview, segment: int, count: int, where: str
+) -> Layers:
+    """The ``hi`` of one segment of a low-rank Δ."""
+    assert placed.part.low_rank is not None
+    out = np.empty(count, np.float32)
+    try:
+        placed.part.low_rank.product(placed.shape).fill(factors, segment * SEGMENT, out)
+    except CorruptPayload as error:
+        raise CorruptPayload(f"{where}: {error}", next_step=DAMAGED) from error
+    return {"hi": out.view(unit_dtype("F32"))}
 
 
 class PayloadHashes:

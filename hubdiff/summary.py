@@ -13,6 +13,8 @@ from typing import Any
 
 from hubdiff.picture import relative_norm
 
+_WEIGHTS = ("weights", "adapter")
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -54,7 +56,7 @@ def summarise(manifest: Mapping[str, Any]) -> Summary:
     return Summary(
         portable_bytes=_size([*_items(layers, "delta"), *_items(layers, "tail")]),
         exact_bytes=_size(_items(layers, "exact")),
-        tuned_bytes=_size([f for f in _items(tuned, "files") if f.get("source") == "weights"]),
+        tuned_bytes=_size([f for f in _items(tuned, "files") if f.get("source") in _WEIGHTS]),
         encodings=_encodings(tensors),
         changed=len(changed),
         unchanged=len(common) - len(changed),

@@ -262,6 +262,45 @@ def _check_transfer(
         assert torch.equal(oracle.bits(result)[unchanged], oracle.bits(target)[unchanged])
 
 
+MATRICES = FLOAT_KINDS.map(lambda kind: kind._replace(shape=(11, 13)))
+
+
+@example(
+    kinds=[kind._replace(shape=(11, 13)) for kind in ACROSS if kind.tune == "same"],
+    segment=7,
+    scale=-1.0,
+)
+@settings(max_examples=25, deadline=None)
+@given(
+    kinds=st.lists(MATRICES, min_size=1, max_size=5),
+    segment=st.sampled_from([SEGMENT, 1, 5, 16]),
+    scale=st.sampled_from([1.0, 1.0, 0.5, -1.0, 0.3, 0.0]),
+)
+def test_a_low_rank_transfer_is_the_exact_sum_rounded_once(
+    kinds: list[Kind], segment: int, scale: float
+) -> None:
+    surely = Kind(*[torch.bfloat16] * 3, (40, 50), "normal", "step", 0)
+    made = {f"layer.{i}.weight": kind.tensors() for i, kind in enumerate([surely, *kinds])}
+    with workplace() as folder, segments_of(segment, 4 * segment):
+        tuned = write(folder / "tuned", {n: t for n, (t, _, _) in made.items()})
+        base = write(folder / "base", {n: b for n, (_, b, _) in made.items()})
+        target = write(folder / "target", {n: m for n, (_, _, m) in made.items()})
+        hubdiff.push_delta(tuned, folder / "delta", base=base, rank=1)
+        hubdiff.apply(folder / "delta", target, output=folder / "result", scale=scale)
+        hubdiff.verify(folder / "delta")
+        result = load_file(folder / "result" / "model.safetensors")
+        with hubdiff.open_delta(folder / "delta") as delta:
+            factored = {r.name for r in delta.manifest.tensors for p in r.parts if p.low_rank}
+            steps = {name: delta.get_tensor(name) for name in factored}
+    assert "layer.0.weight" in factored
+    for name, step in steps.items():
+        goal = made[name][2]
+        exact = oracle.difference(step, torch.zeros_like(step))
+        assert oracle.same_numbers(result[name], oracle.added(goal, exact, scale, goal.dtype))
+        unmoved = step.reshape(-1) == 0
+        assert torch.equal(oracle.bits(result[name])[unmoved], oracle.bits(goal)[unmoved])
+
+
 @plain_or_packed
 @settings(max_examples=15, deadline=None)
 @given(kinds=st.lists(SAME_DTYPE, min_size=1, max_size=5), segment=st.sampled_from([SEGMENT, 5]))

@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "inspect",
     "verify": "verify",
     "unpack": "unpack",
+    "export": "export",
     "demo": "demo",
 }
 

@@ -14,7 +14,7 @@ from hubdiff.summary import percent, size_text
 
 if TYPE_CHECKING:
     from hubdiff.jobs.inspect import Inspection
-    from hubdiff.manifest import Side, TensorRecord
+    from hubdiff.manifest import Manifest, Part, Side, TensorRecord
     from hubdiff.picture import LayerRow
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -59,7 +59,13 @@ def _draw(page: Page, inspection: Inspection) -> None:
         for r in manifest.tensors
         if r.tuned_name != r.name
     ]
+    errors = [
+        f"{r.name}: {percent(p.low_rank.error)}, rank {p.low_rank.rank} in {p.low_rank.dtype}"
+        for r, p in worst_factors(manifest)
+        if p.low_rank and manifest.lossy
+    ]
     sections = (
+        ("Error of the factors, the worst first", errors),
         ("Added by the tune", added),
         ("In the base only", list(manifest.removed)),
         ("Renamed", renamed),
@@ -70,6 +76,13 @@ def _draw(page: Page, inspection: Inspection) -> None:
         if texts:
             page.heading(f"{title} ({len(texts):,})")
             page.items(texts)
+
+
+def worst_factors(manifest: Manifest) -> list[tuple[TensorRecord, Part]]:
+    """The tensors that are stored as factors, those with the largest error first."""
+    found = [(record, part) for record in manifest.tensors for part in record.parts]
+    factors = [(r, p, p.low_rank.error) for r, p in found if p.low_rank]
+    return [(r, p) for r, p, _ in sorted(factors, key=lambda item: -item[2])]
 
 
 def _draw_facts(page: Page, inspection: Inspection) -> None:
@@ -90,9 +103,15 @@ def _draw_facts(page: Page, inspection: Inspection) -> None:
             ("portable", _portable(manifest.not_portable_reason)),
             (
                 "rebuilds",
-                "no: made with --include or --exclude"
-                if manifest.partial
+                f"no: {manifest.no_rebuild_reason}"
+                if manifest.no_rebuild_reason
                 else "yes: on its own base every file of tuned comes back, byte for byte",
+            ),
+            (
+                "error",
+                f"{percent(manifest.lossy.error)}, measured as ‖Δ − stored‖/‖Δ‖"
+                if manifest.lossy
+                else None,
             ),
             (
                 "size",

@@ -26,18 +26,34 @@ if TYPE_CHECKING:
         "hubdiff push-delta org/tuned me/tuned-delta --base org/base",
         "hubdiff push-delta ./checkpoint-900 me/tuned-delta --base org/base@v1 --private",
         "hubdiff push-delta ./tuned ./tuned-delta --base ./base",
+        "hubdiff push-delta me/lora-adapter me/lora-delta",
+        "hubdiff push-delta org/tuned me/tuned-r64 --base org/base --rank 64",
     ),
 )
 @click.argument("tuned")
 @click.argument("repo")
 @click.option(
-    "--base", metavar="BASE", help="What was fine-tuned. Default: base_model of the card."
+    "--base",
+    metavar="BASE",
+    help="What was fine-tuned. Default: base_model of the card, or the base an adapter names.",
 )
 @click.option("--plain", is_flag=True, help="Store dense tensors that any tool can read; larger.")
 @click.option(
     "--tuned-master",
     metavar="REF",
     help="The same fine-tune in float32: a better Δ for other bases.",
+)
+@click.option(
+    "--rank",
+    metavar="R",
+    type=click.IntRange(1),
+    help="Lossy: matrices as factors of rank R, where that is smaller.",
+)
+@click.option(
+    "--energy",
+    metavar="E",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Lossy: matrices as factors that hold this share of each ‖Δ‖², such as 0.9.",
 )
 @shared.filters("tensors")
 @shared.private
@@ -52,7 +68,13 @@ def command(session: Session, tuned: str, repo: str, **options: Any) -> None:
 
     On its own base the delta rebuilds TUNED byte for byte; on another base it adds. REPO may be a
     path: then the same files are written into that folder and nothing is published.
+
+    TUNED may be a LoRA adapter of PEFT: its factors are kept as they are, and export gives the
+    adapter back. With --rank or --energy the delta is a truncated SVD instead: it adds, with the
+    error that is printed, and rebuilds nothing; one whole matrix of Δ is in memory at a time.
     """
+    if sum(bool(options[name]) for name in ("rank", "energy", "plain")) > 1:
+        raise click.UsageError("--rank, --energy and --plain exclude each other")
     if ModelRef.parse(repo).path is not None and (options["pr"] or options["private"]):
         raise click.UsageError("--pr and --private need a repo on the Hub, REPO is a folder")
 
@@ -83,6 +105,16 @@ def _notes(manifest: Manifest) -> list[str]:
             "made with --include or --exclude: it can be added to a base, but can't rebuild "
             f"{manifest.tuned.name}"
         )
+    if manifest.lossy:
+        notes.append(
+            f"lossy, {percent(manifest.lossy.error)} of Δ is missing (‖Δ − stored‖/‖Δ‖): it can be "
+            f"added to a base, but can't rebuild {manifest.tuned.name}"
+        )
+    if manifest.adapter:
+        notes.append(
+            "made from an adapter: apply adds it to any base, its own too; hubdiff export gives "
+            "the adapter back"
+        )
     if manifest.not_portable_reason:
         notes.append(f"good for its own base only: {manifest.not_portable_reason}")
     if manifest.not_carried:
@@ -90,6 +122,12 @@ def _notes(manifest: Manifest) -> list[str]:
         size = size_text(sum(file.size for file in manifest.not_carried))
         notes.append(f"{files} of {manifest.tuned.name} not carried ({size}); inspect lists them")
     return notes
+
+
+def _error(manifest: Manifest) -> str | None:
+    if manifest.lossy is None:
+        return None
+    return f"{percent(manifest.lossy.error)}, measured as ‖Δ − stored‖/‖Δ‖"
 
 
 def _draw(page: Page, pushed: Pushed) -> None:
@@ -118,10 +156,12 @@ def _draw(page: Page, pushed: Pushed) -> None:
             ("delta", pushed.where),
             (
                 "size",
-                f"{size_text(summary.delta_bytes)}{share} the model's "
+                f"{size_text(summary.delta_bytes)}{share} "
+                f"the {'adapter' if pushed.manifest.adapter else 'model'}'s "
                 f"{size_text(summary.tuned_bytes)}",
             ),
             ("encodings", encodings),
+            ("error", _error(pushed.manifest)),
             ("base", pushed.base),
             ("tuned", pushed.tuned),
             ("time", f"{duration(pushed.seconds)}, reading {size_text(rate)}/s"),

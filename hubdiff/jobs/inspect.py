@@ -45,7 +45,9 @@ class Inspection:
             "master": _side(manifest.master) if manifest.master else None,
             "portable": manifest.not_portable_reason is None,
             "not_portable_reason": manifest.not_portable_reason,
-            "rebuilds_tuned": not manifest.partial,
+            "rebuilds_tuned": manifest.no_rebuild_reason is None,
+            "adapter": manifest.adapter is not None,
+            "lossy": manifest.lossy and asdict(manifest.lossy),
             "filters": manifest.filters,
             "bytes": {
                 "delta": summary.delta_bytes,

@@ -56,7 +56,7 @@ def load(
             device=device,
             cache=cache,
         )
-        model: PreTrainedModel = _model_class(merged).from_pretrained(
+        model: PreTrainedModel = model_class(merged).from_pretrained(
             merged, **{**from_pretrained_kwargs, "trust_remote_code": False}
         )
     except BaseException:
@@ -84,8 +84,8 @@ def _check_arguments(wanted: dict[str, Any]) -> None:
         )
 
 
-def _model_class(folder: Path) -> Any:
-    """The class that ``config.json`` names, one of transformers' own."""
+def model_class(folder: Path) -> Any:
+    """The class that ``config.json`` names, one of transformers' own; else ``CheckpointError``."""
     import transformers
 
     for name in _architectures(folder):

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hubdiff._version import __version__
+from hubdiff.adapter import CONFIG, Adapter, is_adapter, open_adapter, place_adapter
 from hubdiff.card import PICTURE, delta_card
-from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint
+from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_json
 from hubdiff.errors import CannotDiff, RefError
 from hubdiff.extract import Extracted, extract
 from hubdiff.facts import facts, note_problems
@@ -21,7 +22,15 @@ from hubdiff.files import FileTree
 from hubdiff.hashing import check_hash, hash_bytes
 from hubdiff.jobs.together import conclude, glimpse, hand_in, open_alike, publish
 from hubdiff.lineage import code_provenance
-from hubdiff.manifest import FileRecord, Manifest, NotCarried, Side, TensorRecord, TunedFile
+from hubdiff.manifest import (
+    FileRecord,
+    Lossy,
+    Manifest,
+    NotCarried,
+    Side,
+    TensorRecord,
+    TunedFile,
+)
 from hubdiff.pair import HEADS, Filters, Pair, pair_models
 from hubdiff.picture import layer_picture
 from hubdiff.progress import Progress, Silent
@@ -30,6 +39,9 @@ from hubdiff.refs import ModelRef
 from hubdiff.sidecars import NotCarried as StaysBehind
 from hubdiff.sidecars import classify
 from hubdiff.writer import DELTA, Published, Sink, open_sink
+
+if TYPE_CHECKING:
+    from hubdiff.truncate import Truncation
 
 DELTA_INDEX = "delta.safetensors.index.json"
 BASE_CONFIGS = ("config.json", "generation_config.json")
@@ -69,8 +81,10 @@ class Pushed:
             "read": {"tuned": self.tuned_bytes, "base": self.base_bytes},
         }
         if not self.dry_run:
+            lossy = self.manifest.lossy if self.manifest else None
             document |= {
                 "delta_bytes": self.delta_bytes,
+                "error": lossy and lossy.error,
                 "files": [asdict(file) for file in self.files],
                 "seconds": round(self.seconds, 3),
                 "url": self.url,
@@ -87,6 +101,8 @@ def push_delta(
     base: str | Path | None = None,
     plain: bool = False,
     tuned_master: str | Path | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     private: bool = False,
@@ -101,11 +117,15 @@ def push_delta(
 
     Args:
         tuned, base: refs (``org/name``, ``org/name@revision``, ``hf://…``) or folders. ``base``
-            defaults to the ``base_model`` of tuned's card.
+            defaults to the ``base_model`` of tuned's card. ``tuned`` may be a LoRA adapter of PEFT:
+            its factors are kept as they are, and ``base`` defaults to the one its config names.
         repo: where to publish; a path writes the same files into that folder instead.
         plain: dense tensors in the model's dtype instead of the packed encoding.
         tuned_master: the same fine-tune in float32; a better Δ for transfer at small learning
             rates. Own-base rebuilds still give ``tuned``, bit by bit.
+        rank, energy: store matrices as the factors of a truncated SVD, of this rank or holding this
+            share (between 0 and 1) of each matrix's ‖Δ‖². Smaller and lossy: such a delta adds and
+            rebuilds nothing; the error is measured and recorded. One whole matrix is in memory.
         include, exclude: globs on base tensor names. Such a delta can't rebuild ``tuned``.
         force: replace a folder that exists.
         cache: keep what is downloaded in the local Hub cache.
@@ -117,27 +137,49 @@ def push_delta(
     """
     began = time.monotonic()
     progress = ranks.watched(progress or Silent())
+    truncation = _truncation(rank, energy, plain)
     destination = ModelRef.parse(repo)
     cache = cache and not dry_run  # a dry run reads no weights
     trees = _open_trees(tuned, base, tuned_master, cache, ranks)
-    with ExitStack() as stack:
-        one, other, master = (
-            stack.enter_context(open_checkpoint(tree)) if tree else None for tree in trees
+    tuned_tree = trees[0]
+    assert tuned_tree is not None
+    adapted, filters = is_adapter(tuned_tree), Filters.of(include, exclude)
+    if adapted and (truncation or plain or tuned_master is not None or filters):
+        raise CannotDiff(
+            f"{tuned_tree.pin} is an adapter, which is published whole and as it is",
+            next_step="Leave out --rank, --energy, --plain, --tuned-master, --include and "
+            "--exclude; apply can leave tensors out.",
         )
-        assert one is not None
+    if ranks.size > 1 and (adapted or truncation):
+        raise CannotDiff(
+            "a delta of factors (an adapter, --rank, --energy) is made by one process, and "
+            f"torchrun started {ranks.size}",
+            next_step="Run it without torchrun.",
+        )
+    with ExitStack() as stack:
+        one = open_adapter(tuned_tree) if adapted else None
+        if one is not None:
+            stack.callback(one.close)
+        one = one or stack.enter_context(open_checkpoint(tuned_tree))
+        other, master = (
+            stack.enter_context(open_checkpoint(tree)) if tree else None for tree in trees[1:]
+        )
         assert other is not None
-        pair = pair_models(one, other, master, Filters.of(include, exclude))
-        plan = _plan(pair, destination, dry_run)
+        adapter = place_adapter(one, other) if adapted else None
+        pair = adapter.pair if adapter else pair_models(one, other, master, filters)
+        plan = _plan(pair, destination, dry_run, again=truncation is not None)
         if dry_run:
             return plan
         ranks.agree("what to compare", lambda: _fingerprint(pair, plain))
+        for note in adapter.notes if adapter else ():
+            progress.note(note)
         reads = [checkpoint.tree for checkpoint in (one, other, master) if checkpoint]
         note_problems([facts(tree) for tree in reads], progress)
         with open_sink(
             destination, DELTA, reads=reads, force=force, private=private, pr=pr, ranks=ranks
         ) as sink:
-            push = _Push(pair, sink, destination, progress, ranks)
-            manifest = push.run(plain)
+            push = _Push(pair, adapter, sink, destination, progress, ranks)
+            manifest = push.run(plain, truncation)
             published = Published("")
             if ranks.first:
                 message = f"Delta of {_name(one.tree)} over {_name(other.tree)}"
@@ -167,7 +209,7 @@ def _open_trees(
     base_ref = ModelRef.parse(base) if base is not None else None
     if base_ref is None and ranks.first:
         assert tuned_tree is not None
-        base_ref = _base_from_card(tuned_tree)
+        base_ref = _default_base(tuned_tree, is_adapter(tuned_tree))
     master_ref = ModelRef.parse(master) if master is not None else None
     return [tuned_tree, *open_alike(ranks, [base_ref, master_ref], cache=cache)]
 
@@ -184,22 +226,58 @@ def _fingerprint(pair: Pair, plain: bool) -> str:
     return hash_bytes(json.dumps(parts).encode())
 
 
-def _plan(pair: Pair, destination: ModelRef, dry_run: bool) -> Pushed:
+def _truncation(rank: int | None, energy: float | None, plain: bool) -> Truncation | None:
+    if rank is None and energy is None:
+        return None
+    from hubdiff.truncate import Truncation
+
+    wrong = None
+    if rank is not None and energy is not None:
+        wrong = "--rank and --energy are two answers to one question"
+    elif plain:
+        wrong = "--plain stores Δ whole, --rank and --energy store factors"
+    elif rank is not None and rank < 1:
+        wrong = f"the rank {rank} is no whole number from 1"
+    elif energy is not None and not 0 < energy < 1:
+        wrong = f"the energy {energy} does not lie between 0 and 1"
+    if wrong is not None:
+        raise CannotDiff(wrong, next_step="Give one of --rank R, --energy E and --plain.")
+    return Truncation(rank, energy)
+
+
+def _plan(pair: Pair, destination: ModelRef, dry_run: bool, *, again: bool) -> Pushed:
+    """``again``: the matrices are read a second time, to be factorised."""
+    pairs = pair.tensors.values()
+    twice = [p for p in pairs if again and p.is_float and len(p.tuned.entry.shape) >= 2]
     return Pushed(
         where=str(destination),
         base=str(pair.base.tree.pin),
         tuned=str(pair.tuned.tree.pin),
         dry_run=dry_run,
-        tuned_bytes=sum(header.file_size for header in pair.tuned.shards.values()),
-        base_bytes=sum(p.base.entry.nbytes for p in pair.tensors.values() if p.base),
+        tuned_bytes=sum(header.file_size for header in pair.tuned.shards.values())
+        + sum(p.tuned.entry.nbytes for p in twice),
+        base_bytes=sum(p.base.entry.nbytes for p in (*pairs, *twice) if p.base),
     )
+
+
+def _default_base(tuned: FileTree, adapted: bool) -> ModelRef:
+    if not adapted:
+        return _base_from_card(tuned)
+    config = read_json(tuned, CONFIG)
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(named, str) or not named:
+        raise CannotDiff(
+            f"{tuned.pin}/{CONFIG} names no base model",
+            next_step="Say which one with --base.",
+        )
+    return _repo_named(f"{named}@{revision}" if isinstance(revision, str) else named, tuned, CONFIG)
 
 
 def _base_from_card(tuned: FileTree) -> ModelRef:
     known = facts(tuned)
     named = known.base_model
     if len(named) == 1:
-        return _repo_named(named[0], tuned)
+        return _repo_named(named[0], tuned, "card")
     found = f"names {len(named)} base models" if named else "names no base_model"
     raise CannotDiff(
         known.problem or f"the card of {tuned.pin} {found}",
@@ -207,13 +285,14 @@ def _base_from_card(tuned: FileTree) -> ModelRef:
     )
 
 
-def _repo_named(text: str, tuned: FileTree) -> ModelRef:
-    """A repo that a card names. It may be a stranger's card: it chooses no folder of this disk."""
+def _repo_named(text: str, tuned: FileTree, by: str) -> ModelRef:
+    """A repo that a card or config names. A stranger may have written it: it chooses no folder of
+    this disk."""
     try:
         return ModelRef.parse(text if text.startswith("hf://") else f"hf://{text}")
     except RefError as error:
         raise CannotDiff(
-            f"the card of {tuned.pin} names the base model {text!r}, which is no repo",
+            f"the {by} of {tuned.pin} names the base model {text!r}, which is no repo",
             next_step="Say which one with --base.",
         ) from error
 
@@ -230,47 +309,60 @@ class _Push:
     """One delta in the making: fills a sink, remembers what went in."""
 
     def __init__(
-        self, pair: Pair, sink: Sink, destination: ModelRef, progress: Progress, ranks: Ranks
+        self,
+        pair: Pair,
+        adapter: Adapter | None,
+        sink: Sink,
+        destination: ModelRef,
+        progress: Progress,
+        ranks: Ranks,
     ) -> None:
-        self._pair, self._sink = pair, sink
+        self._pair, self._adapter, self._sink = pair, adapter, sink
         self._destination, self._progress = destination, progress
         self._ranks = ranks
         self.files: list[FileRecord] = []
 
-    def run(self, plain: bool) -> Manifest | None:
+    def run(self, plain: bool, truncation: Truncation | None) -> Manifest | None:
         """The manifest; on other ranks than the first None."""
         if len(self._pair.tuned.shards) < self._ranks.size:
             self._progress.note(
                 f"{len(self._pair.tuned.shards)} of the {self._ranks.size} ranks have work: a file "
                 "of tuned is compared by one rank"
             )
-        extracted = extract(
-            self._pair,
-            self._sink.staging,
-            plain=plain,
-            progress=self._progress,
-            ranks=self._ranks,
-        )
+        extracted, lossy = self._extract(plain, truncation)
         for files in extracted.layers.values():
             for record in files:
                 if record.path in extracted.here:
                     self._sink.finish(record)
                 self.files.append(record)
         hand_in(self._ranks, self._sink, None, "storing the delta")
-        return self._describe(extracted) if self._ranks.first else None
+        return self._describe(extracted, lossy) if self._ranks.first else None
 
-    def _describe(self, extracted: Extracted) -> Manifest:
+    def _describe(self, extracted: Extracted, lossy: Lossy | None) -> Manifest:
         """All that is no layer: side files, card and picture, and the manifest last."""
         if extracted.weight_map:
             self._put(DELTA_INDEX, _index(extracted))
         tuned_files, not_carried = self._tuned_side_files()
         self._base_configs()
-        manifest = self._manifest(extracted, tuned_files, not_carried)
+        manifest = replace(self._manifest(extracted, tuned_files, not_carried), lossy=lossy)
         document = json.loads(manifest.to_json())
         self._put(PICTURE, _picture(document))
         self._put("README.md", self._card(document))
         self._put(MANIFEST, manifest.to_json().encode())
         return manifest
+
+    def _extract(
+        self, plain: bool, truncation: Truncation | None
+    ) -> tuple[Extracted, Lossy | None]:
+        pair, folder, progress = self._pair, self._sink.staging, self._progress
+        if self._adapter is None and truncation is None:
+            return extract(pair, folder, plain=plain, progress=progress, ranks=self._ranks), None
+        from hubdiff.factored import extract_adapter, extract_truncated
+
+        if self._adapter is not None:
+            return extract_adapter(self._adapter, folder, progress), None
+        assert truncation is not None
+        return extract_truncated(pair, folder, truncation, progress)
 
     def _put(self, path: str, data: bytes) -> FileRecord:
         record = self._sink.put(path, data)
@@ -278,7 +370,8 @@ class _Push:
         return record
 
     def _tuned_side_files(self) -> tuple[list[TunedFile], list[NotCarried]]:
-        """Store what tuned has besides its weights, unless the base has the very same file."""
+        """Store what tuned has besides its weights, unless the base has the very same file. An
+        adapter's are all stored: it is exported without its base."""
         tree, base = self._pair.tuned.tree, self._pair.base.tree
         carried: list[TunedFile] = []
         not_carried: list[NotCarried] = []
@@ -286,13 +379,13 @@ class _Push:
             if path in self._pair.tuned.shards:
                 continue
             verdict = classify(path, info.size, self._pair.tuned.shards)
-            if isinstance(verdict, StaysBehind):
+            if isinstance(verdict, StaysBehind) and not (self._adapter and path == CONFIG):
                 not_carried.append(NotCarried(path, info.size, verdict.reason))
                 continue
             data = tree.read_bytes(path)
             record = FileRecord(path, len(data), hash_bytes(data))
             check_hash(record.sha256, info.sha256, f"{tree.pin}/{path}")
-            same = _is_same(record, base)
+            same = self._adapter is None and _is_same(record, base)
             if not same:
                 self._put(f"tuned/{path}", data)
             carried.append(TunedFile(**vars(record), source="base" if same else "delta"))
@@ -310,7 +403,11 @@ class _Push:
     ) -> Manifest:
         pair = self._pair
         weights = [
-            TunedFile(**vars(record), source="weights", header=pair.tuned.shards[record.path].raw)
+            TunedFile(
+                **vars(record),
+                source="adapter" if self._adapter else "weights",
+                header=pair.tuned.shards[record.path].raw,
+            )
             for record in extracted.weights
         ]
         folder = pair.tuned.tree.pin.path
@@ -333,6 +430,7 @@ class _Push:
             ),
             rename=pair.rename,
             aliases=_aliases(extracted.tensors),
+            adapter=self._adapter.tensors if self._adapter else None,
             not_portable_reason=pair.not_portable_reason,
             filters=asdict(pair.filters) if pair.filters else None,
             master=_side(pair.master) if pair.master else None,
@@ -388,7 +486,7 @@ def _aliases(records: Sequence[TensorRecord]) -> dict[str, str]:
         if not head.tuned_name.endswith(HEADS):
             continue
         for other in records:
-            same = other.name != head.name and other.tuned == head.tuned
+            same = other.name != head.name and other.tuned == head.tuned is not None
             if same and other.shape == head.shape and head.base in (None, other.base):
                 aliases[head.name] = other.name
                 break

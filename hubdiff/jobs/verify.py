@@ -66,8 +66,8 @@ def verify(
         if base is not None:
             tree = open_tree(ModelRef.parse(base), cache=cache)
             target = stack.enter_context(open_checkpoint(tree))
-            if opened.manifest.partial:
-                why = "the delta holds only some of the tensors, so nothing can be rebuilt"
+            if opened.manifest.no_rebuild_reason:
+                why = f"{opened.manifest.no_rebuild_reason}, so nothing can be rebuilt"
                 base_tensors = _check_base(opened, target)
             else:
                 base_tensors, rebuilt = _rebuild(opened, target, progress)

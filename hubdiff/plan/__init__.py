@@ -83,6 +83,8 @@ def make_plan(
                 "from unquantised weights.",
             )
     reason = f"the target is not the delta's own base: {verdict.reason}"
+    if verdict.reason == deltas[0].delta.manifest.no_rebuild_reason:
+        reason = f"the delta has no own base to rebuild on: {verdict.reason}"
     if len(deltas) > 1:
         reason = f"{len(deltas)} deltas are merged ({method}), so nothing is rebuilt"
     return transfer_plan(deltas, target, scale, filters, method, reason)
@@ -117,6 +119,7 @@ def _verdict(
         return Verdict(False, True, f"the weight is {deltas[0].weight:g}")
     if method is not None:
         return Verdict(False, True, f"the method is {method}")
-    if deltas[0].delta.manifest.partial:
-        return Verdict(False, True, "the delta holds only some of the tensors")
-    return recognise(deltas[0].delta, target)
+    delta = deltas[0].delta
+    if delta.manifest.no_rebuild_reason:
+        return Verdict(False, True, delta.manifest.no_rebuild_reason)
+    return recognise(delta, target)

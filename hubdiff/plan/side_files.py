@@ -68,8 +68,13 @@ class _Replay:
 
     def run(self) -> dict[str, WholeFile]:
         """Every side file from here on; ``notes`` and ``left_out`` are filled on the way."""
-        tuned = {f.path: f for f in self.delta.manifest.tuned_files if f.source != "weights"}
+        tuned = {
+            f.path: f for f in self.delta.manifest.tuned_files if f.source in ("delta", "base")
+        }
         base = {file.path: file for file in self.delta.manifest.base.side_files}
+        if self.delta.manifest.adapter is not None:
+            # An adapter's repo is no whole model: what it lacks was not deleted.
+            base = {path: file for path, file in base.items() if path in tuned}
         plan = result_sidecars(
             {path: file.sha256 for path, file in base.items()},
             {path: file.sha256 for path, file in tuned.items()},

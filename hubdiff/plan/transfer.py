@@ -168,7 +168,9 @@ class Transfer:
         match = self._match()
         terms = self._terms(match)
         added = self._added(match.rename)
-        known = None if self.delta.manifest.partial else frozenset({*match.pairs.values(), *added})
+        known = (
+            None if not self.delta.manifest.complete else frozenset({*match.pairs.values(), *added})
+        )
         return Contribution(self.item, terms, added, known, tuple(self.notes))
 
     def _match(self) -> Match:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hubdiff.jobs.inspect import inspect
-from hubdiff.summary import size_text
+from hubdiff.summary import percent, size_text
 from tests import models
 from tests.cli.running import Family, Said
 
@@ -292,3 +292,56 @@ def test_demo_tells_its_story_on_stderr_and_its_result_on_stdout(
     kept = hubdiff("demo", "--json", "--keep", str(tmp_path))
     assert json.loads(kept.out)["result"] == 0.9
     assert asked == [None, tmp_path]
+
+
+# --- low-rank and export ---
+
+
+def test_a_truncated_delta_says_its_error_and_becomes_an_adapter(
+    hubdiff: Run, family: Family, tmp_path: Path
+) -> None:
+    repo, adapter = str(tmp_path / "delta"), str(tmp_path / "adapter")
+    said = hubdiff("push-delta", family.tuned, repo, "--base", family.base, "--energy", "0.3")
+    assert said.code == 0, said.err
+    lossy = inspect(repo).manifest.lossy
+    assert lossy is not None
+    assert lossy.energy == 0.3
+    error = f"{percent(lossy.error)}, measured as ‖Δ − stored‖/‖Δ‖"
+    assert f"error      {error}" in said.out
+    assert "note: lossy" in said.err
+    assert "low-rank" in said.out
+
+    shown = hubdiff("inspect", repo)
+    assert error in shown.out
+    assert "rebuilds    no: the delta is lossy" in shown.out
+    assert "Error of the factors, the worst first" in shown.out
+
+    said = hubdiff("export", repo, "--as", "peft", "--output", adapter)
+    assert said.code == 0, said.err
+    assert "adapter_model.safetensors" in said.out
+    assert json.loads(hubdiff("export", repo, "--as", "peft", "--output", adapter, "--force",
+                              "--json").out)["same_files"] is False  # fmt: skip
+
+
+def test_export_takes_formats_it_knows(hubdiff: Run, family: Family, tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    said = hubdiff("export", family.delta, "--as", "gguf", "--output", output)
+    assert said.code == 1
+    assert "gguf" in said.err
+    said = hubdiff("export", family.delta, "--as", "peft", "--output", output)
+    assert said.code == 1
+    assert "no factors" in said.err
+    assert "--rank" in said.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_ways_to_store_are_no_command_line(
+    hubdiff: Run, family: Family, tmp_path: Path
+) -> None:
+    for options in (("--rank", "2", "--energy", "0.5"), ("--rank", "2", "--plain"), ("--rank", "0"),
+                    ("--energy", "1")):  # fmt: skip
+        delta = str(tmp_path / "delta")
+        said = hubdiff("push-delta", family.tuned, delta, "--base", family.base, *options)
+        assert said.code == 2, said.err
+        assert options[0] in said.err
+    assert not list(tmp_path.iterdir())
