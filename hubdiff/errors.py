@@ -24,6 +24,7 @@ HubdiffError
 │   ├── BadManifest          hubdiff.json with a missing or wrong field
 │   └── CorruptPayload       encoded bytes that don't decode to what was declared
 ├── IntegrityError           bytes whose hash is not the expected one
+├── NotWorthIt               a delta hardly smaller than the model itself
 ├── CannotDiff               two models that have no difference hubdiff can express
 ├── CannotApply              a delta and a target that don't go together
 │   ├── ShapeMismatch        one tensor, two shapes
@@ -129,6 +130,10 @@ class CorruptPayload(DeltaError):
 
 
 class IntegrityError(HubdiffError):
+    pass
+
+
+class NotWorthIt(HubdiffError):
     pass
 
 

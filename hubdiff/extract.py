@@ -38,14 +38,17 @@ from hubdiff.stream import (
 )
 from hubdiff.writer import disk_errors
 
+# Units of each span that tell how far the tuned model itself can be compressed.
+_SAMPLE = 1 << 15
 _PENDING = "0" * 64  # a hash that is known only when the payload is whole
 
 
 @dataclass(frozen=True)
 class Extracted:
     """What ``extract`` found and wrote. ``weights`` are the tuned shards, ``base_files`` the
-    base's, by content. Of the ``layers``, the files that are ``here`` were written by this rank;
-    all the rest is the same on every rank."""
+    base's, by content; ``compressed`` is about how many bytes the tuned tensors themselves would
+    take in the encodings of deltas. Of the ``layers``, the files that are ``here`` were written by
+    this rank; all the rest is the same on every rank."""
 
     tensors: tuple[TensorRecord, ...]
     layers: dict[str, tuple[FileRecord, ...]]
@@ -53,6 +56,7 @@ class Extracted:
     weights: tuple[FileRecord, ...]
     base_files: tuple[FileRecord, ...]
     here: frozenset[str]
+    compressed: int
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class _Compared:
     weights: FileRecord
     tensors: tuple[TensorRecord, ...]
     layers: dict[str, tuple[LayerFile, ...]]
+    compressed: int
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> _Compared:
@@ -75,6 +80,7 @@ class _Compared:
                 )
                 for group, files in document["layers"].items()
             },
+            document["compressed"],
         )
 
 
@@ -92,6 +98,7 @@ class _Piece:
     tuned: memoryview
     base: memoryview | None
     blobs: list[tuple[str, int, tuple[bytes, ...]]] = field(default_factory=list)
+    compressed: int = 0
     changed: int = 0
     delta_square: float = 0.0
     base_square: float = 0.0
@@ -167,6 +174,7 @@ def _number(
         tuple(one.weights for one in compared),
         base_files,
         frozenset(here),
+        sum(one.compressed for one in compared),
     )
 
 
@@ -234,6 +242,7 @@ class _Worker:
     def _encode(self, piece: _Piece, pair: TensorPair, master: memoryview | None) -> None:
         dtype = pair.tuned.entry.dtype
         tuned = np.frombuffer(piece.tuned, unit_dtype(dtype))
+        piece.compressed = _compressed(tuned)
         if piece.base is None or pair.base is None:
             for segment, part in piece.span.segments():
                 piece.blobs.append(("delta", segment, (self._raw(tuned[part]),)))
@@ -305,6 +314,7 @@ class _Collector:
         self._base_hashes = base_hashes
         self._records: list[TensorRecord] = []
         self._open: _OpenTensor | None = None
+        self._compressed = 0
 
     def __enter__(self) -> _Collector:
         return self
@@ -328,6 +338,7 @@ class _Collector:
         if self._open is None:
             self._open = _OpenTensor(pair, self._parts(pair), self._layers)
         self._open.add(piece)
+        self._compressed += piece.compressed
         if piece.base is not None and pair.base is not None:
             where = span_range(piece.span, pair.base)
             self._feed(1, self._base_hashes, where.file, where.begin, piece.base)
@@ -348,6 +359,7 @@ class _Collector:
             self._tuned_hashes.check(file, {r.tuned_name: r.tuned for r in records if r.tuned}),
             records,
             {group: layer.finish() for group, layer in self._layers.items()},
+            self._compressed,
         )
 
 
@@ -414,6 +426,15 @@ def needs_torch(pair: TensorPair) -> bool:
 
 
 PartsOf = Callable[[TensorPair], dict[str, Part]]
+
+
+def _compressed(bits: np.ndarray) -> int:
+    """About how many bytes a span of weights compresses to, by the units at its start."""
+    sample = bits[:_SAMPLE]
+    if not len(sample):
+        return 0
+    blob = ENCODINGS["packed" if bits.itemsize == 2 else "planes"].encode(sample)
+    return len(blob) * len(bits) // len(sample)
 
 
 def _master_part(pair: TensorPair, data: memoryview | None, part: slice) -> Floats | None:

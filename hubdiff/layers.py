@@ -11,7 +11,6 @@ when all are written, and until then they have names of their own.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ import numpy as np
 
 from hubdiff.encodings import SEGMENT
 from hubdiff.encodings.payload import index_bytes, write_index
-from hubdiff.hashing import tensor_hash
+from hubdiff.hashing import Lane, StreamHash, tensor_hash
 from hubdiff.manifest import FileRecord, Part
 from hubdiff.safetensors_io import build_header
 from hubdiff.stream import unit_bytes
@@ -133,17 +132,21 @@ class LayerWriter:
             ((s.name, s.dtype, s.shape, s.nbytes) for s in shard),
             {"format": "hubdiff", "layer": self._group},
         )
-        digest, size = hashlib.sha256(header), len(header)
+        body = sum(stored.nbytes for stored in shard)
+        digest, size = StreamHash(len(header) + body), len(header)
+        digest.update(0, header)
         path = self._folder / name
-        with disk_errors(path), path.open("wb") as file:
+        with disk_errors(path), path.open("wb") as file, Lane() as lane:
             file.write(header)
-            for piece in self._pieces(shard[0].begin, shard[-1].begin + shard[-1].nbytes):
-                digest.update(piece)
+            for piece in self._pieces(shard[0].begin, shard[0].begin + body):
+                lane.catch_up()
+                lane.feed(digest, size, piece)
                 size += file.write(piece)
+            lane.catch_up()
             file.flush()
             # A folder that is published holds nothing that a power cut could still take.
             os.fsync(file.fileno())
-        return FileRecord(name, size, digest.hexdigest())
+        return FileRecord(name, size, digest.digest() or "")
 
     def _pieces(self, begin: int, end: int) -> Iterator[bytes]:
         for position in range(begin, end, _COPY):

@@ -58,7 +58,11 @@ if TYPE_CHECKING:
 @shared.filters("tensors")
 @shared.private
 @shared.pr
-@click.option("--force", is_flag=True, help="Replace what stands at REPO.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace what stands at REPO; publish a delta that is hardly smaller.",
+)
 @shared.cache
 @click.option("--dry-run", is_flag=True, help="Say what would be read and written; do neither.")
 @shared.json_output

@@ -15,7 +15,7 @@ from hubdiff._version import __version__
 from hubdiff.adapter import CONFIG, Adapter, is_adapter, open_adapter, place_adapter
 from hubdiff.card import PICTURE, delta_card
 from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_json
-from hubdiff.errors import CannotDiff, RefError
+from hubdiff.errors import CannotDiff, NotWorthIt, RefError
 from hubdiff.extract import Extracted, extract
 from hubdiff.facts import facts, note_problems
 from hubdiff.files import FileTree
@@ -38,12 +38,17 @@ from hubdiff.ranks import ALONE, Ranks
 from hubdiff.refs import ModelRef
 from hubdiff.sidecars import NotCarried as StaysBehind
 from hubdiff.sidecars import classify
+from hubdiff.summary import percent, size_text
 from hubdiff.writer import DELTA, Published, Sink, open_sink
 
 if TYPE_CHECKING:
     from hubdiff.truncate import Truncation
 
 DELTA_INDEX = "delta.safetensors.index.json"
+# From this share of the compressed model on a delta is published only with ``force``; one below a
+# megabyte is not worth a question.
+WORTH = 0.9
+_NOT_ASKED = 1 << 20
 BASE_CONFIGS = ("config.json", "generation_config.json")
 
 
@@ -127,7 +132,7 @@ def push_delta(
             share (between 0 and 1) of each matrix's ‖Δ‖². Smaller and lossy: such a delta adds and
             rebuilds nothing; the error is measured and recorded. One whole matrix is in memory.
         include, exclude: globs on base tensor names. Such a delta can't rebuild ``tuned``.
-        force: replace a folder that exists.
+        force: replace a folder that exists; publish a delta that is hardly smaller than the model.
         cache: keep what is downloaded in the local Hub cache.
         ranks: the processes that share the work, each of which makes this call: under torchrun,
             what ``with hubdiff.ranks.join() as ranks`` gives. The bytes don't depend on how many
@@ -179,7 +184,7 @@ def push_delta(
             destination, DELTA, reads=reads, force=force, private=private, pr=pr, ranks=ranks
         ) as sink:
             push = _Push(pair, adapter, sink, destination, progress, ranks)
-            manifest = push.run(plain, truncation)
+            manifest = push.run(plain, truncation, force)
             published = Published("")
             if ranks.first:
                 message = f"Delta of {_name(one.tree)} over {_name(other.tree)}"
@@ -322,7 +327,7 @@ class _Push:
         self._ranks = ranks
         self.files: list[FileRecord] = []
 
-    def run(self, plain: bool, truncation: Truncation | None) -> Manifest | None:
+    def run(self, plain: bool, truncation: Truncation | None, force: bool) -> Manifest | None:
         """The manifest; on other ranks than the first None."""
         if len(self._pair.tuned.shards) < self._ranks.size:
             self._progress.note(
@@ -330,6 +335,8 @@ class _Push:
                 "of tuned is compared by one rank"
             )
         extracted, lossy = self._extract(plain, truncation)
+        if not (force or plain or truncation or self._adapter or self._pair.master):
+            _check_worth(extracted)
         for files in extracted.layers.values():
             for record in files:
                 if record.path in extracted.here:
@@ -446,6 +453,21 @@ class _Push:
             base_card=facts(self._pair.base.tree).card_data,
         )
         return str(card).encode()
+
+
+def _check_worth(extracted: Extracted) -> None:
+    """Raise ``NotWorthIt`` where nearly as little would hold the whole model, which everybody can
+    load. Dense deltas and masters are asked for by name and for other reasons than their size."""
+    size = sum(part.bytes for record in extracted.tensors for part in record.parts)
+    if size < _NOT_ASKED or size < WORTH * extracted.compressed:
+        return
+    raise NotWorthIt(
+        f"the delta would have {size_text(size)}, {percent(size / extracted.compressed)} of the "
+        f"{size_text(extracted.compressed)} that the whole model compresses to: training moved "
+        "the weights too far for a delta to be small",
+        next_step="Publish the whole model; or publish the delta all the same with --force, "
+        "or a smaller, lossy one with --rank or --energy.",
+    )
 
 
 def _is_same(record: FileRecord, base: FileTree) -> bool:

@@ -168,9 +168,8 @@ class Transfer:
         match = self._match()
         terms = self._terms(match)
         added = self._added(match.rename)
-        known = (
-            None if not self.delta.manifest.complete else frozenset({*match.pairs.values(), *added})
-        )
+        complete = self.delta.manifest.complete
+        known = frozenset({*match.pairs.values(), *added}) if complete else None
         return Contribution(self.item, terms, added, known, tuple(self.notes))
 
     def _match(self) -> Match:
