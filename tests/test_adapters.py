@@ -48,7 +48,7 @@ KINDS: dict[str, Make] = {
         llama(),
         target_modules=["q_proj", "v_proj"],
         use_rslora=True,
-        rank_pattern={"layers.0.self_attn.q_proj": 1, r"^model\.layers\.[0-9]+\.self_attn.v_proj": 2},
+        rank_pattern={"layers.0.self_attn.q_proj": 1, r"^model\.layers\.[0-9]+\..*v_proj": 2},
         alpha_pattern={"v_proj": 7},
     ),
     "llama, embedding and a whole head": lambda f: adapted(
@@ -441,6 +441,9 @@ def test_a_pickle_is_not_opened(simple: Adapted, tmp_path: Path) -> None:
     refused(tmp_path / "adapter", simple.base, NoWeights, "adapter_model.bin", "run code")
     file.with_suffix(".bin").unlink()
     refused(tmp_path / "adapter", simple.base, NoWeights, "no adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    file.write_bytes((simple.adapter / "adapter_model.safetensors").read_bytes())
+    refused(tmp_path / "adapter", simple.base, NoWeights, "no adapter_config.json")
 
 
 @pytest.mark.parametrize(
