@@ -91,6 +91,11 @@ def open_adapter(tree: FileTree) -> Checkpoint:
             else f"{tree.pin} has {CONFIG} and no {WEIGHTS}",
             next_step="Load it with peft and save it again: save_pretrained writes safetensors.",
         )
+    if CONFIG not in files:
+        raise NoWeights(
+            f"{tree.pin} has the weights of an adapter and no {CONFIG}, which says what they mean",
+            next_step="Save the adapter again: save_pretrained writes both.",
+        )
     config = read_json(tree, CONFIG)
     _check_config(config, f"{tree.pin}/{CONFIG}")
     checkpoint = Checkpoint(tree, {}, {}, config, None)

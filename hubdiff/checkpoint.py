@@ -116,7 +116,8 @@ def _weight_files(tree: FileTree) -> tuple[list[str], dict[str, str] | None]:
     if "adapter_model.safetensors" in root:
         raise NoWeights(
             f"{tree.pin} holds a PEFT adapter, not a whole model",
-            next_step="Merge it into its base (peft: merge_and_unload) and give the merged model.",
+            next_step="Give a whole model here. push-delta takes an adapter as TUNED; or merge it "
+            "into its base (peft: merge_and_unload).",
         )
     if len(root) == 1:
         return root, None

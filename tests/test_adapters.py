@@ -48,10 +48,7 @@ KINDS: dict[str, Make] = {
         llama(),
         target_modules=["q_proj", "v_proj"],
         use_rslora=True,
-        rank_pattern={
-            "layers.0.self_attn.q_proj": 1,
-            r"^model\.layers\.[0-9]+\.self_attn.v_proj": 2,
-        },
+        rank_pattern={"layers.0.self_attn.q_proj": 1, r"^model\.layers\.[0-9]+\..*v_proj": 2},
         alpha_pattern={"v_proj": 7},
     ),
     "llama, embedding and a whole head": lambda f: adapted(
@@ -300,7 +297,9 @@ def test_it_is_verified_unpacked_and_described(simple: Adapted, tmp_path: Path) 
 def test_pushed_to_and_applied_from_the_hub(
     devhub: DevHub, put_repo: PutRepo, new_name: NewName, tmp_path: Path
 ) -> None:
-    made = adapted(tmp_path, llama(), target_modules=["q_proj", "v_proj"])
+    # With a whole tensor: to write the adapter again takes the base, at the commit it was.
+    lora = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["norm"]}
+    made = adapted(tmp_path, llama(), **lora)
     base = put_repo(contents(made.base))
     config = made.adapter / "adapter_config.json"
     said = json.loads(config.read_text()) | {"base_model_name_or_path": base}
@@ -310,7 +309,9 @@ def test_pushed_to_and_applied_from_the_hub(
     assert pushed.base == f"{base}@{on_hub.head(devhub, base)}"
     devhub.log.clear()
     hubdiff.apply(delta, base, output=tmp_path / "out")
-    payloads = sum(part.bytes for r in hubdiff.inspect(delta).manifest.tensors for part in r.parts)
+    parts = [part for r in hubdiff.inspect(delta).manifest.tensors for part in r.parts]
+    assert {part.encoding for part in parts} == {"low-rank", "plain"}
+    payloads = sum(part.bytes for part in parts if part.group == "delta")
     header = on_hub.served(devhub, delta, "delta-*.safetensors") - payloads
     assert 0 < header < 3000  # every factor once, and the header
     assert (logits(load(tmp_path / "out")) - logits(made.model)).abs().max() < 1e-5
@@ -444,6 +445,9 @@ def test_a_pickle_is_not_opened(simple: Adapted, tmp_path: Path) -> None:
     refused(tmp_path / "adapter", simple.base, NoWeights, "adapter_model.bin", "run code")
     file.with_suffix(".bin").unlink()
     refused(tmp_path / "adapter", simple.base, NoWeights, "no adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").unlink()
+    file.write_bytes((simple.adapter / "adapter_model.safetensors").read_bytes())
+    refused(tmp_path / "adapter", simple.base, NoWeights, "no adapter_config.json")
 
 
 @pytest.mark.parametrize(

@@ -266,20 +266,20 @@ MATRICES = FLOAT_KINDS.map(lambda kind: kind._replace(shape=(11, 13)))
 
 
 @example(
-    kinds=[kind._replace(shape=(11, 13)) for kind in ACROSS if kind.tune == "same"],
+    kinds=[kind._replace(shape=(11, 13)) for kind in ACROSS if kind.tune == "same"][:8],
     segment=7,
     scale=-1.0,
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     kinds=st.lists(MATRICES, min_size=1, max_size=5),
-    segment=st.sampled_from([SEGMENT, 1, 5, 16]),
+    segment=st.sampled_from([SEGMENT, 5, 16]),
     scale=st.sampled_from([1.0, 1.0, 0.5, -1.0, 0.3, 0.0]),
 )
 def test_a_low_rank_transfer_is_the_exact_sum_rounded_once(
     kinds: list[Kind], segment: int, scale: float
 ) -> None:
-    surely = Kind(*[torch.bfloat16] * 3, (40, 50), "normal", "step", 0)
+    surely = Kind(*[torch.bfloat16] * 3, (11, 13), "normal", "step", 0)
     made = {f"layer.{i}.weight": kind.tensors() for i, kind in enumerate([surely, *kinds])}
     with workplace() as folder, segments_of(segment, 4 * segment):
         tuned = write(folder / "tuned", {n: t for n, (t, _, _) in made.items()})
