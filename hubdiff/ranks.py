@@ -189,6 +189,7 @@ class _Joined(Ranks):
                 "(GLOO_SOCKET_IFNAME names the interface). A command that is meant to run alone "
                 "inside another torchrun job needs TORCHELASTIC_RUN_ID unset.",
             ) from error
+        mine.set_timeout(timedelta(seconds=LOST_SECONDS))
         return mine
 
     @property
@@ -296,7 +297,6 @@ class _Watch:
         self._place, self._beats = 0, 0
         self._places = dict.fromkeys(self._others, 0)
         self._heard = dict.fromkeys(self._others, ("", time.monotonic()))
-        self._contact = time.monotonic()
         self.lost: str | None = None
         self.failure: dict[str, Any] | None = None
         self._wake, self._stop = threading.Event(), threading.Event()
@@ -318,10 +318,9 @@ class _Watch:
             try:
                 self._beat()
                 self._listen()
-                self._contact = time.monotonic()
-            except RuntimeError:
-                if time.monotonic() - self._contact > LOST_SECONDS:
-                    self._lose("the machine of rank 0 can't be reached")
+            except RuntimeError:  # it does not come back: the store's client never reconnects
+                self._lose("the torchrun that rank 0's machine runs is gone, or can't be reached")
+                self._stop.set()
 
     def _beat(self, state: str | None = None) -> None:
         self._beats += 1

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,8 +86,10 @@ class Said:
         return [line for text in self.err for line in text.splitlines() if "error: " in line]
 
 
-def torchrun(count: int, steps: Sequence[Step], **environment: str) -> list[Said]:
-    """Run the steps under ``torchrun --nproc-per-node COUNT``."""
+def torchrun(
+    count: int, steps: Sequence[Step], *, machines: int = 1, **environment: str
+) -> list[Said]:
+    """Run the steps with ``count`` ranks: one torchrun, or as many as there were machines."""
     said = steps[0].folder / ".said"
     said.mkdir(parents=True, exist_ok=True)
     described = [
@@ -101,16 +105,40 @@ def torchrun(count: int, steps: Sequence[Step], **environment: str) -> list[Said
     script.write_text(SCRIPT)
     for file in said.glob("*-*"):
         file.unlink()
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    ran = subprocess.run(
-        [sys.executable, *command, str(script), json.dumps(described)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return [_said(step["said"], count, ran.returncode) for step in described]
+    where = ["--standalone"] if machines == 1 else _meeting_place(machines)
+    command = ["-m", "torch.distributed.run", *where, f"--nproc-per-node={count // machines}"]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, *command, str(script), json.dumps(described)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(machines)
+    ]
+    return [_said(step["said"], count, _ended(agents)) for step in described]
+
+
+def _ended(agents: list[subprocess.Popen[bytes]]) -> int:
+    """The exit code of a torchrun that failed, or 0. When one failed, the others may wait for it
+    for minutes, long after their ranks have ended."""
+    until = time.monotonic() + 120
+    while any(agent.poll() is None for agent in agents) and time.monotonic() < until:
+        if any(agent.poll() for agent in agents):
+            until = min(until, time.monotonic() + 6)
+        time.sleep(0.1)
+    for agent in agents:
+        if agent.poll() is None:
+            agent.kill()
+    return max(abs(agent.wait()) for agent in agents)
+
+
+def _meeting_place(machines: int) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    endpoint = f"--rdzv-endpoint=127.0.0.1:{port}"
+    return [f"--nnodes={machines}", "--rdzv-backend=c10d", "--rdzv-id=test", endpoint]
 
 
 def _said(prefix: str, count: int, whole: int) -> Said:
@@ -362,15 +390,17 @@ def test_a_killed_rank_ends_all_and_another_number_of_ranks_resumes(world: Path)
     assert leftovers(folder) == []
 
 
-def test_a_killed_rank_makes_no_commit_and_no_delta(
+def test_a_rank_killed_on_another_machine_makes_no_commit(
     devhub: DevHub, world: Path, tmp_path: Path
 ) -> None:
+    """Two torchruns, as on two machines: only hubdiff itself tells the one of the other."""
     repo = "org/killed-delta"
     line = ("push-delta", str(world / "tuned"), repo, "--base", str(world / "base"))
     environment = devhub.environment("demo")
-    (said,) = torchrun(2, [Step(tmp_path, line, code={"1": KILLED})], **environment)
+    step = Step(tmp_path, line, code={"1": KILLED.replace("== 2", "== 1")})
+    (said,) = torchrun(2, [step], machines=2, **environment)
     assert said.whole != 0
-    assert said.codes[0] == 1
+    assert said.codes == [1, None]
     assert "nothing was published" in said.err[0]
     assert listing(devhub, repo) == {}
     # The same command again.
