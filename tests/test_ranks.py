@@ -125,7 +125,7 @@ def _ended(agents: list[subprocess.Popen[bytes]]) -> int:
     until = time.monotonic() + 120
     while any(agent.poll() is None for agent in agents) and time.monotonic() < until:
         if any(agent.poll() for agent in agents):
-            until = min(until, time.monotonic() + 6)
+            until = min(until, time.monotonic() + 20)
         time.sleep(0.1)
     for agent in agents:
         if agent.poll() is None:
@@ -346,13 +346,19 @@ def test_what_one_rank_finds_ends_all_and_is_said_once(world: Path) -> None:
 
 
 KILLED = """
-import signal
+import pathlib, signal, time
 from hubdiff import extract, merge
+def others_finished():
+    journal = pathlib.Path(".rebuilt.hubdiff-partial/.hubdiff-journal.jsonl")
+    return not journal.exists() or '"path"' in journal.read_text()
 def dies(work):
     calls = []
     def call(*args):
         calls.append(args)
         if len(calls) == 2:
+            until = time.monotonic() + 60
+            while not others_finished() and time.monotonic() < until:
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
         return work(*args)
     return call
