@@ -15,6 +15,7 @@ import torch
 
 from hubdiff.combine import combine
 from hubdiff.delta import Delta
+from hubdiff.device import Engine, engine_for
 from hubdiff.errors import IntegrityError, WrongBase
 from hubdiff.files import ByteReader
 from hubdiff.hashing import FileHashes, Lane, StreamHash, check_hash, hash_bytes, tensor_hash
@@ -117,14 +118,14 @@ def _weights(
     try:
         output.write_at(0, file.header.raw)
         progress.advance(len(file.header.raw))
-        maker = _Maker(plan, file, output, device)
+        maker = _Maker(plan, file, output, engine_for(device))
         with Lane() as ours, Lane() as theirs:
             checker = _Checker(plan, file, ours, theirs, progress)
             run_ordered(
                 blocks(file.path, file.header),
                 maker.make,
                 checker.take,
-                workers_for(remote=plan.remote),
+                workers_for(remote=plan.remote, gpu=device.type != "cpu"),
             )
             record = checker.finish()
     finally:
@@ -149,21 +150,25 @@ class _Maker:
     """Makes blocks of one file of the result and writes them. Threads share it."""
 
     def __init__(
-        self, plan: MergePlan, file: WeightsFile, output: OutputFile, device: torch.device
+        self, plan: MergePlan, file: WeightsFile, output: OutputFile, engine: Engine
     ) -> None:
-        self._plan, self._file, self._output, self._device = plan, file, output, device
+        self._plan, self._file, self._output, self._engine = plan, file, output, engine
 
     def make(self, block: Block) -> list[_Made]:
         steps = [(span, self._file.steps[span.entry.name]) for span in block.spans]
         wanted = {span: span_range(span, s.source) for span, s in steps if s.source}
-        sources = read_ranges(self._plan.target, wanted.values())
-        payloads = _read_terms(steps)
-        made = []
-        for span, step in steps:
-            source = sources[wanted[span]] if step.source else None
-            result = combine(span, step, source, payloads[span], self._device)
-            self._output.write_at(span.begin, result)
-            made.append(_Made(span, step, result, source, payloads[span]))
+        with self._engine.block() as work:
+            sources = read_ranges(self._plan.target, wanted.values(), work.buffer)
+            payloads = _read_terms(steps)
+            made = []
+            for span, step in steps:
+                source = sources[wanted[span]] if step.source else None
+                given = None if source is None else work.bring(source)
+                result = work.send(combine(span, step, given, payloads[span], work))
+                made.append(_Made(span, step, result, source, payloads[span]))
+            work.settle()
+        for item in made:
+            self._output.write_at(item.span.begin, item.result)
         return made
 
 

@@ -6,9 +6,10 @@ in them is checked before it is used; ``PayloadHashes`` checks the whole of each
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -23,10 +24,10 @@ from hubdiff.stream import Range, Span, unit_bytes, unit_dtype
 if TYPE_CHECKING:
     from blake3 import blake3
 
-    from hubdiff.numerics import Difference
-
 DAMAGED = "The delta is damaged: fetch it again, or ask its author to push it again."
-Layers = dict[str, "np.ndarray | None"]
+T = TypeVar("T")
+# One layer of one segment: its part, its blob, its units, and what to call it in errors.
+Decode = Callable[[Part, memoryview, int, str], T]
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,18 @@ class SpanBytes:
 
 
 def decode_segments(
-    span: Span, payloads: list[SpanBytes], where: str
-) -> Iterator[tuple[slice, Layers]]:
-    """Per segment of a span: its units as a slice of the span, and its decoded layers."""
+    span: Span, payloads: list[SpanBytes], where: str, decode: Decode[T]
+) -> Iterator[tuple[slice, dict[str, T | None]]]:
+    """Per segment of a span: its units as a slice of the span, and its layers, each decoded by
+    ``decode``; None where a layer changes nothing."""
     blobs = [payload.where.blobs(payload.view, span) for payload in payloads]
     for (segment, units), *found in zip(span.segments(), *blobs, strict=True):
-        layers: Layers = {}
+        layers: dict[str, T | None] = {}
+        name = f"{where}, tensor {span.entry.name}, segment {segment}"
         for payload, here in zip(payloads, found, strict=True):
-            part = payload.where.part.part
-            name = f"{where}, tensor {span.entry.name}, segment {segment}"
-            layers |= decode_layers(part, here, units.stop - units.start, name)
+            part, count = payload.where.part.part, units.stop - units.start
+            for layer, blob in zip(part.layers, here, strict=True):
+                layers[layer] = decode(part, blob, count, name) if len(blob) else None
         yield units, layers
 
 
@@ -132,38 +135,22 @@ class PayloadHashes:
                 check_hash(self._open.pop(group).hexdigest(), part.part.blake3, name)
 
 
-def decode_layers(part: Part, blobs: list[memoryview], count: int, where: str) -> Layers:
-    """The layers of one segment as bit patterns of ``count`` units; None where a layer changes
-    nothing. Raises ``CorruptPayload`` naming ``where``."""
-    decoded: Layers = {}
-    for layer, blob in zip(part.layers, blobs, strict=True):
-        if not len(blob):
-            decoded[layer] = None
-            continue
-        out = np.empty(count, unit_dtype(part.dtype))
-        encoding = ENCODINGS[part.encoding]
+def decode_blob(part: Part, blob: memoryview, count: int, where: str) -> np.ndarray:
+    """One layer of one segment as bit patterns of ``count`` units. Raises ``CorruptPayload`` naming
+    ``where``."""
+    out = np.empty(count, unit_dtype(part.dtype))
+    encoding = ENCODINGS[part.encoding]
+    with blamed(where):
         if 8 * out.itemsize not in encoding.widths:
-            raise CorruptPayload(
-                f"{where}: encoding {part.encoding} can't hold {part.dtype}", next_step=DAMAGED
-            )
-        try:
-            encoding.decode(blob, out)
-        except CorruptPayload as error:
-            raise CorruptPayload(f"{where}: {error}", next_step=DAMAGED) from error
-        decoded[layer] = out
-    return decoded
+            raise CorruptPayload(f"encoding {part.encoding} can't hold {part.dtype}")
+        encoding.decode(blob, out)
+    return out
 
 
-def difference_of(part: Part, layers: Layers) -> Difference | None:
-    """Δ of a segment out of its decoded ``hi`` and ``lo``; None when nothing changes."""
-    from hubdiff import numerics
-
-    hi, lo = layers.get("hi"), layers.get("lo")
-    if hi is None and lo is None:
-        return None
-    if hi is None:
-        assert lo is not None
-        hi = np.full(lo.shape, 1 << (8 * lo.itemsize - 1), lo.dtype)
-    high = numerics.from_bits(hi, part.dtype)
-    low = None if lo is None else numerics.from_bits(lo, part.dtype)
-    return numerics.Difference(high, low)
+@contextmanager
+def blamed(where: str) -> Iterator[None]:
+    """Say in ``CorruptPayload`` which segment is meant."""
+    try:
+        yield
+    except CorruptPayload as error:
+        raise CorruptPayload(f"{where}: {error}", next_step=DAMAGED) from error

@@ -86,11 +86,11 @@ class Stream:
         """Stored as a zstd frame."""
         return len(self.body) < self.raw_size and self.repeated is None
 
-    def bytes(self) -> np.ndarray:
+    def content(self) -> np.ndarray:
         """A 1-D uint8 array, read-only when it is a view of the blob or of a frame's content."""
         if self.repeated is not None:
             return np.full(self.raw_size, self.repeated, np.uint8)
-        return np.frombuffer(self._content() if self.framed else self.body, np.uint8)
+        return np.frombuffer(self._unpacked() if self.framed else self.body, np.uint8)
 
     def check_frame(self) -> None:
         """Raise ``CorruptPayload`` unless the frame says that it holds ``raw_size`` bytes."""
@@ -104,7 +104,7 @@ class Stream:
     def fail(self, what: str) -> CorruptPayload:
         return corrupt(f"Corrupt {self.encoding} blob: the frame of {self.what} {what}.")
 
-    def _content(self) -> bytes:
+    def _unpacked(self) -> bytes:
         self.check_frame()
         try:
             content: bytes = _decompressor().decompress(

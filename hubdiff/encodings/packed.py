@@ -183,8 +183,8 @@ Dense = Constant | Symbols | Ranks
 
 @dataclass(frozen=True)
 class Gaps:
-    """``others`` symbols among ``common`` ones. To check: as many coarse bytes are below ``ESCAPE``,
-    the last among them, and the last position is below the number of elements."""
+    """``others`` symbols among ``common`` ones. To check: as many coarse bytes are below
+    ``ESCAPE``, the last among them, and the last position is below the number of elements."""
 
     common: int
     others: int
@@ -249,7 +249,7 @@ def _render_symbols(symbols: Symbols) -> np.ndarray:
 
 
 def _render_symbols_into(symbols: Symbols, out: np.ndarray) -> None:
-    join([symbols.low.bytes(), symbols.high.bytes()], out)
+    join([symbols.low.content(), symbols.high.content()], out)
     sign = out << 15
     np.right_shift(out, 1, out=out)
     np.bitwise_or(out, sign, out=out)
@@ -265,7 +265,7 @@ def _render_dense(dense: Dense, out: np.ndarray) -> None:
 
 
 def _render_ranks(parsed: Ranks, out: np.ndarray) -> None:
-    ranks, size = parsed.ranks.bytes(), parsed.size
+    ranks, size = parsed.ranks.content(), parsed.size
     is_escape = ranks == ESCAPE
     escapes = int(np.count_nonzero(is_escape))
     if int(np.count_nonzero(ranks >= size)) != escapes:
@@ -294,7 +294,7 @@ def _look_up(ranks: np.ndarray, table: np.ndarray, out: np.ndarray) -> None:
 
 
 def _render_gaps(gaps: Gaps, out: np.ndarray) -> None:
-    coarse, others = gaps.coarse.bytes(), gaps.others
+    coarse, others = gaps.coarse.content(), gaps.others
     is_end = coarse != ESCAPE
     if int(np.count_nonzero(is_end)) != others or not is_end[-1]:
         raise _fail(f"the gaps are not {others}, each ended by a byte below {ESCAPE}")
@@ -305,7 +305,7 @@ def _render_gaps(gaps: Gaps, out: np.ndarray) -> None:
         positions = positions[_where(is_end)]
     if gaps.fine is not None:
         positions <<= 8
-        positions += np.cumsum(gaps.fine.bytes(), dtype=np.int64)
+        positions += np.cumsum(gaps.fine.content(), dtype=np.int64)
         positions += np.arange(1, others + 1)
     positions -= 1
     if positions[-1] >= out.size:

@@ -44,4 +44,4 @@ class Planes:
         return b"".join(write_stream(plane) for plane in split(bits))
 
     def decode(self, blob: bytes | memoryview, out: np.ndarray) -> None:
-        join([plane.bytes() for plane in parse(blob, out.size, out.itemsize)], out)
+        join([plane.content() for plane in parse(blob, out.size, out.itemsize)], out)
