@@ -8,8 +8,8 @@ the memory for it is pinned, and comes from torch's pool, which hands a buffer o
 holds it and the stream is done with it.
 
 A GPU can't raise an error while it decodes. What only decoded bytes can tell is counted there and
-looked at in ``settle``, before any result is used; a blob that is wrong is then decoded once more on
-the CPU, which says what is wrong with it.
+looked at in ``settle``, before any result is used; a blob that is wrong is then decoded once more
+on the CPU, which says what is wrong with it.
 """
 
 from __future__ import annotations

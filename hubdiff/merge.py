@@ -15,7 +15,7 @@ import torch
 
 from hubdiff.combine import combine
 from hubdiff.delta import Delta
-from hubdiff.device import Engine, engine_for
+from hubdiff.device import Work, engine_for
 from hubdiff.errors import IntegrityError, WrongBase
 from hubdiff.files import ByteReader
 from hubdiff.hashing import FileHashes, Lane, StreamHash, check_hash, hash_bytes, tensor_hash
@@ -32,12 +32,14 @@ from hubdiff.stream import (
     span_range,
     workers_for,
 )
-from hubdiff.writer import OutputFile, Sink
+from hubdiff.writer import OutputFile, Sink, TensorFile
 
 if TYPE_CHECKING:
     from blake3 import blake3
+    from torch import Tensor
 
 _COPY = 8 << 20
+_CPU = torch.device("cpu")
 
 
 def run(plan: MergePlan, sink: Sink, device: torch.device, progress: Progress) -> list[FileRecord]:
@@ -118,9 +120,11 @@ def _weights(
     try:
         output.write_at(0, file.header.raw)
         progress.advance(len(file.header.raw))
-        maker = _Maker(plan, file, output, engine_for(device))
+        maker = _Maker(plan, file, output, device)
         with Lane() as ours, Lane() as theirs:
-            checker = _Checker(plan, file, ours, theirs, progress)
+            # In memory there is no file to name by its hash: only one that is known is compared.
+            hashed = not isinstance(output, TensorFile) or bool(file.sha256 and not maker.stays)
+            checker = _Checker(plan, file, ours, theirs, progress, hashed=hashed)
             run_ordered(
                 blocks(file.path, file.header),
                 maker.make,
@@ -137,11 +141,11 @@ def _weights(
 @dataclass(frozen=True)
 class _Made:
     """One span of the result with all that went into it, for the checks. ``payloads`` stand in the
-    order of the step's terms."""
+    order of the step's terms. No ``result``: it stayed on the device."""
 
     span: Span
     step: Step
-    result: memoryview
+    result: memoryview | None
     source: memoryview | None
     payloads: list[list[SpanBytes]]
 
@@ -150,26 +154,38 @@ class _Maker:
     """Makes blocks of one file of the result and writes them. Threads share it."""
 
     def __init__(
-        self, plan: MergePlan, file: WeightsFile, output: OutputFile, engine: Engine
+        self, plan: MergePlan, file: WeightsFile, output: OutputFile, device: torch.device
     ) -> None:
-        self._plan, self._file, self._output, self._engine = plan, file, output, engine
+        self._plan, self._file, self._output = plan, file, output
+        self._engine = engine_for(device)
+        # Tensors on this very device take what is made there without its bytes passing here.
+        self.stays = isinstance(output, TensorFile) and output.device == device != _CPU
 
     def make(self, block: Block) -> list[_Made]:
         steps = [(span, self._file.steps[span.entry.name]) for span in block.spans]
         wanted = {span: span_range(span, s.source) for span, s in steps if s.source}
+        made = []
         with self._engine.block() as work:
             sources = read_ranges(self._plan.target, wanted.values(), work.buffer)
             payloads = _read_terms(steps)
-            made = []
             for span, step in steps:
                 source = sources[wanted[span]] if step.source else None
                 given = None if source is None else work.bring(source)
-                result = work.send(combine(span, step, given, payloads[span], work))
+                there = combine(span, step, given, payloads[span], work)
+                result = self._take(span, there, work)
                 made.append(_Made(span, step, result, source, payloads[span]))
             work.settle()
         for item in made:
-            self._output.write_at(item.span.begin, item.result)
+            if item.result is not None:
+                self._output.write_at(item.span.begin, item.result)
         return made
+
+    def _take(self, span: Span, there: Tensor, work: Work) -> memoryview | None:
+        if self.stays:
+            assert isinstance(self._output, TensorFile)
+            self._output.place(span.begin, there)
+            return None
+        return work.send(there)
 
 
 def _read_terms(steps: list[tuple[Span, Step]]) -> dict[Span, list[list[SpanBytes]]]:
@@ -188,11 +204,19 @@ def _read_terms(steps: list[tuple[Span, Step]]) -> dict[Span, list[list[SpanByte
 
 
 class _Checker:
-    """Takes spans in order and checks all that went in and came out."""
+    """Takes spans in order and checks all that went in and came out (not ``hashed``: went in)."""
 
     def __init__(
-        self, plan: MergePlan, file: WeightsFile, ours: Lane, theirs: Lane, progress: Progress
+        self,
+        plan: MergePlan,
+        file: WeightsFile,
+        ours: Lane,
+        theirs: Lane,
+        progress: Progress,
+        *,
+        hashed: bool,
     ) -> None:
+        self._hashed = hashed
         self._plan, self._file, self._progress = plan, file, progress
         self._lanes = (ours, theirs)
         self._result = StreamHash(file.header.file_size)
@@ -208,7 +232,8 @@ class _Checker:
         for lane in self._lanes:
             lane.catch_up()
         for item in made:
-            self._lanes[0].feed(self._result, item.span.begin, item.result)
+            if self._hashed and item.result is not None:
+                self._lanes[0].feed(self._result, item.span.begin, item.result)
             self._take_source(item)
             self._take_payloads(item)
         self._progress.advance(block.nbytes)
@@ -250,8 +275,8 @@ class _Checker:
         if not self._own_base:
             self._check_sources()
         digest = self._result.digest() or ""
-        where = f"the rebuilt {self._file.path}"
-        check_hash(digest, self._file.sha256, where)
+        if self._hashed:
+            check_hash(digest, self._file.sha256, f"the rebuilt {self._file.path}")
         return FileRecord(self._file.path, self._file.header.file_size, digest)
 
     def _check_sources(self) -> None:

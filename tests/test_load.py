@@ -131,7 +131,7 @@ def test_weights_left_on_the_disk_live_as_long_as_the_model(
         return model
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", classmethod(offloading))
-    model = hubdiff.load(*pair)
+    model = hubdiff.load(*pair, device_map="auto")
     (folder,) = left_over(tmp_path)
     assert json.loads((folder / "model" / "config.json").read_text())
     del model

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from hubdiff._version import __version__
 from hubdiff.card import result_card
@@ -29,6 +29,7 @@ from hubdiff.writer import RESULT, Sink, open_sink, output_folder
 if TYPE_CHECKING:
     import torch
 
+R = TypeVar("R")
 RECORD = RESULT.marker
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 
@@ -96,27 +97,36 @@ def apply(
     Raises ``HubdiffError``. Peak memory does not depend on the size of the model.
     """
     began = time.monotonic()
-    _check_scale(scale)
+    check_scale(scale)
     destination = _destination(output, push_to)
     filters = Filters.of(include, exclude)
     # A dry run reads no weights: it must not fill the cache with them either.
-    with _opened(delta, to, cache and not dry_run) as (opened, target):
+    with opened_pair(delta, to, cache and not dry_run) as (opened, target):
         plan = make_plan(opened, target, scale=scale, filters=filters)
         if dry_run:
             return Applied(plan.as_json(), True, str(destination))
         job = _Apply(destination, filters, device, private, pr, force, command, progress)
-        try:
-            applied = job.run(plan)
-        except WrongBase:
-            if plan.proved:
-                raise
-            # The sampled tensors were the base's, another was not: it is a sibling after all.
-            again = make_plan(opened, target, scale=scale, filters=filters, as_transfer=True)
-            applied = job.run(again)
+        applied = run_plan(plan, filters, job.run)
     return replace(applied, seconds=time.monotonic() - began)
 
 
-def _check_scale(scale: float) -> None:
+def run_plan(plan: MergePlan, filters: Filters, run: Callable[[MergePlan], R]) -> R:
+    """``run`` the plan, or where it shows that the target only looked like the own base, the plan
+    of a transfer."""
+    try:
+        return run(plan)
+    except WrongBase:
+        if plan.proved:
+            raise
+        # The sampled tensors were the base's, another was not: it is a sibling after all.
+        again = make_plan(
+            plan.delta, plan.target, scale=plan.scale, filters=filters, as_transfer=True
+        )
+        return run(again)
+
+
+def check_scale(scale: float) -> None:
+    """Raise ``CannotApply`` for a number that float32 does not have."""
     if not abs(scale) <= _LARGEST_FLOAT32:
         raise CannotApply(
             f"the scale {scale} is not a float32 number", next_step="Give a finite --scale."
@@ -140,7 +150,10 @@ def _destination(output: str | Path | None, push_to: str | None) -> ModelRef:
 
 
 @contextmanager
-def _opened(delta: str | Path, to: str | Path, cache: bool) -> Iterator[tuple[Delta, Checkpoint]]:
+def opened_pair(
+    delta: str | Path, to: str | Path, cache: bool
+) -> Iterator[tuple[Delta, Checkpoint]]:
+    """A delta and the target it goes onto, open."""
     delta_tree = open_tree(ModelRef.parse(delta), cache=cache)
     with open_delta_tree(delta_tree) as opened:
         target_tree = open_tree(ModelRef.parse(to), cache=cache)
