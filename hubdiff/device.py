@@ -190,9 +190,8 @@ class _GpuWork:
     def _load(self, stream: Stream) -> Tensor:
         """The bytes of a stream on the device; what is repeated or packed travels as such."""
         if stream.repeated is not None:
-            return torch.full((stream.raw_size,), stream.repeated, dtype=torch.uint8).to(
-                self.device
-            )
+            shape, byte = (stream.raw_size,), stream.repeated
+            return torch.full(shape, byte, dtype=torch.uint8, device=self.device)
         if stream.framed and self._frames is not None:
             return self._frames(stream, self._stage(np.frombuffer(stream.body, np.uint8)))
         return self._stage(stream.content())

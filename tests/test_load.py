@@ -231,6 +231,21 @@ def test_shards_that_did_not_change_come_too(tmp_path: Path, written: list[str])
         assert not torch.equal(state[names[1]], kept[names[1]])
 
 
+def test_transformers_does_not_reserve_the_memory_twice(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would, on a GPU, before it sees that the weights lie there already."""
+    reserved: list[int] = []
+
+    def warmup(*args: Any) -> None:
+        reserved.append(1)
+
+    monkeypatch.setattr(transformers.modeling_utils, "caching_allocator_warmup", warmup)
+    hubdiff.load(*pair, device_map="cpu")
+    assert reserved == []
+    assert transformers.modeling_utils.caching_allocator_warmup is warmup
+
+
 def test_from_the_hub(tmp_path: Path, put_repo: Any, written: list[str]) -> None:
     delta, base = make_pair(tmp_path)
 
