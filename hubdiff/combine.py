@@ -1,59 +1,63 @@
 """The result of one span: the target's units plus what the terms of its step add, rounded once.
 
-Bytes in, bytes out; where they come from and what they must hash to is not known here.
+Tensors of bytes in and out, on the device of the work at hand; where they come from and what they
+must hash to is not known here.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from hubdiff import methods, numerics
+from hubdiff.device import Layers, Work, difference_of
 from hubdiff.encodings import SEGMENT
 from hubdiff.errors import CorruptPayload
-from hubdiff.payloads import Layers, SpanBytes, decode_segments, difference_of
+from hubdiff.payloads import SpanBytes, decode_segments
 from hubdiff.plan import Method, Step, Term, float32
-from hubdiff.stream import Span, unit_dtype
+from hubdiff.stream import Span, unit_bytes
 from hubdiff.trimming import Trims
 
 
 def combine(
     span: Span,
     step: Step,
-    source: memoryview | None,
+    source: Tensor | None,
     payloads: list[list[SpanBytes]],
-    device: torch.device,
+    work: Work,
     trims: Trims,
-) -> memoryview:
-    """The bytes of ``span`` in the result. ``source`` are the target's bytes for it, ``payloads``
-    what each term of ``step`` has for it; ``trims`` finds the thresholds of TIES. Raises
-    ``CorruptPayload``."""
+) -> Tensor:
+    """The bytes of ``span`` in the result (uint8, on the device of ``work``). ``source`` are the
+    target's bytes for it, there too; ``payloads`` what each term of ``step`` has for it; ``trims``
+    finds the thresholds of TIES. Raises ``CorruptPayload``."""
     if source is not None and step.source is not None:
         if not any(payloads) and step.source.entry.dtype == step.entry.dtype:
             return source
-        given = np.frombuffer(source, unit_dtype(step.source.entry.dtype))
+        given = source.view(_unit(step.source.entry.dtype))
     else:
         given = None
-    out = np.empty(span.units, unit_dtype(span.entry.dtype))
+    out = torch.empty(span.units, dtype=_unit(span.entry.dtype), device=work.device)
     decoded = [
-        decode_segments(span, found, str(term.delta.tree.pin))
+        decode_segments(span, found, str(term.delta.tree.pin), work)
         for term, found in zip(step.terms, payloads, strict=True)
     ]
     for pieces in zip(*decoded, strict=True):
         units, layers = pieces[0][0], [found for _, found in pieces]
         target = None if given is None else given[units]
         if step.method is None:
-            out[units] = _segment(step, step.terms[0], target, layers[0], device)
+            out[units] = _segment(step, step.terms[0], target, layers[0])
         else:
             assert target is not None
             segment = (span.first + units.start) // SEGMENT
-            out[units] = _merged(step, step.method, target, layers, segment, device, trims)
-    return out.view(np.uint8).data
+            out[units] = _merged(step, step.method, target, layers, segment, trims)
+    return out.view(torch.uint8)
 
 
-def _segment(
-    step: Step, term: Term, target: np.ndarray | None, layers: Layers, device: torch.device
-) -> np.ndarray:
+def _unit(dtype: str) -> torch.dtype:
+    return numerics.UNITS[unit_bytes(dtype)]
+
+
+def _segment(step: Step, term: Term, target: Tensor | None, layers: Layers) -> Tensor:
     """The bits of one segment of the result."""
     if "raw" in layers:
         raw = layers["raw"]
@@ -65,18 +69,16 @@ def _segment(
     assert target is not None
     assert step.source is not None
     dtype = numerics.DTYPES[step.entry.dtype]
-    given = numerics.from_bits(target, step.source.entry.dtype)
+    given = target.view(numerics.DTYPES[step.source.entry.dtype])
     delta = _difference(term, layers)
     if delta is not None:
-        moved = _moved(delta, device)
-        result = numerics.add(given.to(device), moved, term.factor, dtype).cpu()
+        result = numerics.add(given, delta, term.factor, dtype)
     else:
         result = numerics.cast(given, dtype)
     ulp = layers.get("ulp")
     if ulp is not None:
-        zigzagged = torch.from_numpy(ulp.view(f"<i{ulp.itemsize}"))
-        result = numerics.correct(result, zigzagged)
-    return numerics.to_bits(result)
+        result = numerics.correct(result, ulp)
+    return numerics.bits(result)
 
 
 def _difference(term: Term, layers: Layers) -> numerics.Difference | None:
@@ -84,30 +86,24 @@ def _difference(term: Term, layers: Layers) -> numerics.Difference | None:
     return difference_of(carrier, layers) if carrier else None
 
 
-def _moved(delta: numerics.Difference, device: torch.device) -> numerics.Difference:
-    return numerics.Difference(
-        delta.hi.to(device), None if delta.lo is None else delta.lo.to(device)
-    )
-
-
 def _merged(
     step: Step,
     method: Method,
-    target: np.ndarray,
+    target: Tensor,
     layers: list[Layers],
     segment: int,
-    device: torch.device,
     trims: Trims,
-) -> np.ndarray:
+) -> Tensor:
     """The bits of one segment of the result where a method merges its terms."""
     found = [
-        (term, _moved(delta, device))
+        (term, delta)
         for term, own in zip(step.terms, layers, strict=True)
         if (delta := _difference(term, own)) is not None
     ]
     if not found:
         return target
-    given = numerics.from_bits(target, step.entry.dtype).to(device)
+    dtype = numerics.DTYPES[step.entry.dtype]
+    given = target.view(dtype)
     deltas = [_thinned(step, method, term, delta, segment, trims) for term, delta in found]
     factors = [term.factor for term, _ in found]
     if method.name == "ties":
@@ -116,8 +112,7 @@ def _merged(
     else:
         total = methods.linear(given, deltas, factors)
     untouched = torch.stack([delta == 0 for delta in deltas]).all(0)
-    dtype = numerics.DTYPES[step.entry.dtype]
-    return numerics.to_bits(numerics.settle(total, given, dtype, untouched).cpu())
+    return numerics.bits(numerics.settle(total, given, dtype, untouched))
 
 
 def _thinned(
@@ -127,7 +122,7 @@ def _thinned(
     delta: numerics.Difference,
     segment: int,
     trims: Trims,
-) -> torch.Tensor:
+) -> Tensor:
     """Δ of one segment in float32, with what the method takes away from it."""
     whole = numerics.as_float32(delta)
     if method.density == 1:

@@ -7,10 +7,11 @@ import torch
 
 from hubdiff import numerics
 from hubdiff.delta import Delta
+from hubdiff.device import Cpu, Layers, difference_of
 from hubdiff.errors import NotPortable
 from hubdiff.hashing import StreamHash
 from hubdiff.manifest import Part, TensorRecord
-from hubdiff.payloads import Layers, PayloadHashes, SpanBytes, decode_segments, difference_of
+from hubdiff.payloads import PayloadHashes, SpanBytes, decode_segments
 from hubdiff.plan import PORTABLE_GROUPS
 from hubdiff.progress import Progress
 from hubdiff.safetensors_io import Header, TensorEntry, tensor_bytes
@@ -29,7 +30,7 @@ def dense_span(span: Span, payloads: list[SpanBytes], dtype: str, where: str) ->
     """The bits of Δ for one span in ``dtype``, ``hi + lo`` rounded once."""
     out = np.empty(span.units, unit_dtype(dtype))
     parts = [payload.where.part.part for payload in payloads]
-    for units, layers in decode_segments(span, payloads, where):
+    for units, layers in decode_segments(span, payloads, where, Cpu()):
         out[units] = _segment(parts, layers, units.stop - units.start, dtype)
     return out
 
@@ -37,7 +38,7 @@ def dense_span(span: Span, payloads: list[SpanBytes], dtype: str, where: str) ->
 def _segment(parts: list[Part], layers: Layers, count: int, dtype: str) -> np.ndarray:
     raw = layers.get("raw")
     if raw is not None:
-        return raw
+        return numerics.to_bits(raw)
     delta, wanted = difference_of(parts[0], layers), numerics.torch_dtype(dtype)
     if delta is None:
         return numerics.to_bits(torch.full((count,), numerics.UNCHANGED, dtype=wanted))

@@ -8,6 +8,7 @@ lists, and on the own base every tensor of the base and every file of the result
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,16 +27,19 @@ from hubdiff.stream import (
     Block,
     Span,
     blocks,
+    new_buffer,
     read_ranges,
     run_ordered,
     span_range,
     workers_for,
 )
 from hubdiff.trimming import Trims
-from hubdiff.writer import OutputFile, Sink
+from hubdiff.writer import OutputFile, Sink, TensorFile
 
 if TYPE_CHECKING:
     from blake3 import blake3
+
+    from hubdiff.device import Engine, Work
 
 _COPY = 8 << 20
 
@@ -147,12 +151,14 @@ def _weights(
         progress.advance(len(file.header.raw))
         maker = _Maker(plan, file, output, device, trims)
         with Lane() as ours, Lane() as theirs:
-            checker = _Checker(plan, file, ours, theirs, progress)
+            # In memory there is no file to name by its hash: only one that is known is compared.
+            hashed = not isinstance(output, TensorFile) or bool(file.sha256 and not maker.stays)
+            checker = _Checker(plan, file, ours, theirs, progress, hashed=hashed)
             run_ordered(
                 blocks(file.path, file.header),
                 maker.make,
                 checker.take,
-                workers_for(remote=plan.remote),
+                workers_for(remote=plan.remote, gpu=device != "cpu"),
             )
             record = checker.finish()
     finally:
@@ -164,11 +170,11 @@ def _weights(
 @dataclass(frozen=True)
 class _Made:
     """One span of the result with all that went into it, for the checks. ``payloads`` stand in the
-    order of the step's terms."""
+    order of the step's terms. No ``result``: it stayed on the device."""
 
     span: Span
     step: Step
-    result: memoryview
+    result: memoryview | None
     source: memoryview | None
     payloads: list[list[SpanBytes]]
 
@@ -184,21 +190,61 @@ class _Maker:
         device: str,
         trims: Trims,
     ) -> None:
-        self._plan, self._file, self._output, self._device = plan, file, output, device
-        self._trims = trims
+        self._plan, self._file, self._output, self._trims = plan, file, output, trims
+        self._engine = engine_for(device)
+        # Tensors on this very device take what is made there without its bytes passing here.
+        self.stays = (
+            self._engine is not None and isinstance(output, TensorFile) and output.is_on(device)
+        )
 
     def make(self, block: Block) -> list[_Made]:
         steps = [(span, self._file.steps[span.entry.name]) for span in block.spans]
         wanted = {span: span_range(span, s.source) for span, s in steps if s.source}
-        sources = read_ranges(self._plan.target, wanted.values())
-        payloads = _read_terms(steps)
         made = []
-        for span, step in steps:
-            source = sources[wanted[span]] if step.source else None
-            result = make_span(span, step, source, payloads[span], self._device, self._trims)
-            self._output.write_at(span.begin, result)
-            made.append(_Made(span, step, result, source, payloads[span]))
+        with self._engine.block() if self._engine else nullcontext() as work:
+            sources = read_ranges(
+                self._plan.target, wanted.values(), work.buffer if work else new_buffer
+            )
+            payloads = _read_terms(steps)
+            for span, step in steps:
+                source = sources[wanted[span]] if step.source else None
+                result = self._make(span, step, source, payloads[span], work)
+                made.append(_Made(span, step, result, source, payloads[span]))
+            if work:
+                work.settle()
+        for item in made:
+            if item.result is not None:
+                self._output.write_at(item.span.begin, item.result)
         return made
+
+    def _make(
+        self,
+        span: Span,
+        step: Step,
+        source: memoryview | None,
+        payloads: list[list[SpanBytes]],
+        work: Work | None,
+    ) -> memoryview | None:
+        if work is None:
+            return make_span(span, step, source, payloads, self._trims)
+        from hubdiff.combine import combine
+
+        given = None if source is None else work.bring(source)
+        there = combine(span, step, given, payloads, work, self._trims)
+        if self.stays:
+            assert isinstance(self._output, TensorFile)
+            self._output.place(span.begin, there)
+            return None
+        return work.send(there)
+
+
+def engine_for(device: str) -> Engine | None:
+    """The engine of a GPU; on the CPU there is none between the bytes and the arithmetic."""
+    if device == "cpu":
+        return None
+    from hubdiff.device import Gpu
+
+    return Gpu(device)
 
 
 def make_span(
@@ -206,20 +252,20 @@ def make_span(
     step: Step,
     source: memoryview | None,
     payloads: list[list[SpanBytes]],
-    device: str,
     trims: Trims,
 ) -> memoryview:
-    """The bytes of ``span`` in the result. ``source`` are the target's bytes for it, ``payloads``
-    what each term of ``step`` has for it. Raises ``CorruptPayload``."""
-    if not needs_torch(step, device):
+    """The bytes of ``span`` in the result, made on the CPU. ``source`` are the target's bytes for
+    it, ``payloads`` what each term of ``step`` has for it. Raises ``CorruptPayload``."""
+    if not needs_torch(step, "cpu"):
         result = combine_quick(span, step, source, payloads)
         if result is not None:
             return result
-    import torch
-
     from hubdiff.combine import combine
+    from hubdiff.device import Cpu
 
-    return combine(span, step, source, payloads, torch.device(device), trims)
+    work = Cpu()
+    given = None if source is None else work.bring(source)
+    return work.send(combine(span, step, given, payloads, work, trims))
 
 
 def _read_terms(steps: list[tuple[Span, Step]]) -> dict[Span, list[list[SpanBytes]]]:
@@ -237,11 +283,19 @@ def _read_terms(steps: list[tuple[Span, Step]]) -> dict[Span, list[list[SpanByte
 
 
 class _Checker:
-    """Takes spans in order and checks all that went in and came out."""
+    """Takes spans in order and checks all that went in and came out (not ``hashed``: went in)."""
 
     def __init__(
-        self, plan: MergePlan, file: WeightsFile, ours: Lane, theirs: Lane, progress: Progress
+        self,
+        plan: MergePlan,
+        file: WeightsFile,
+        ours: Lane,
+        theirs: Lane,
+        progress: Progress,
+        *,
+        hashed: bool,
     ) -> None:
+        self._hashed = hashed
         self._plan, self._file, self._progress = plan, file, progress
         self._lanes = (ours, theirs)
         self._result = StreamHash(file.header.file_size)
@@ -257,7 +311,8 @@ class _Checker:
         for lane in self._lanes:
             lane.catch_up()
         for item in made:
-            self._lanes[0].feed(self._result, item.span.begin, item.result)
+            if self._hashed and item.result is not None:
+                self._lanes[0].feed(self._result, item.span.begin, item.result)
             self._take_source(item)
             self._take_payloads(item)
         self._progress.advance(block.nbytes)
@@ -299,8 +354,8 @@ class _Checker:
         if not self._own_base:
             self._check_sources()
         digest = self._result.digest() or ""
-        where = f"the rebuilt {self._file.path}"
-        check_hash(digest, self._file.sha256, where)
+        if self._hashed:
+            check_hash(digest, self._file.sha256, f"the rebuilt {self._file.path}")
         return FileRecord(self._file.path, self._file.header.file_size, digest)
 
     def _check_sources(self) -> None:

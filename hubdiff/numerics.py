@@ -38,6 +38,8 @@ _QUIET_NAN = {
     torch.float64: 0x7FF8000000000000,
 }
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# What holds the bit patterns of units of so many bytes.
+UNITS = {1: torch.uint8, **_BITS}
 
 _PIECE = 1 << 17
 

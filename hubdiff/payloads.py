@@ -7,8 +7,9 @@ in them is checked before it is used; ``PayloadHashes`` checks the whole of each
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,10 +24,19 @@ from hubdiff.stream import Range, Span, unit_bytes, unit_dtype
 if TYPE_CHECKING:
     from blake3 import blake3
 
-    from hubdiff.numerics import Difference
-
 DAMAGED = "The delta is damaged: fetch it again, or ask its author to push it again."
-Layers = dict[str, "np.ndarray | None"]
+T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T")
+
+
+class Decoder(Protocol[T_co]):
+    """Makes the bit patterns of a layer of a segment: as arrays, or as tensors of a device."""
+
+    def decode(self, part: Part, blob: memoryview, count: int, where: str) -> T_co:
+        """A blob of ``count`` units; ``where`` is what to call it in errors."""
+
+    def place(self, bits: np.ndarray) -> T_co:
+        """Bit patterns that are made already."""
 
 
 @dataclass(frozen=True)
@@ -106,33 +116,35 @@ class SpanBytes:
 
 
 def decode_segments(
-    span: Span, payloads: list[SpanBytes], where: str
-) -> Iterator[tuple[slice, Layers]]:
-    """Per segment of a span: its units as a slice of the span, and its decoded layers."""
+    span: Span, payloads: list[SpanBytes], where: str, decoder: Decoder[T]
+) -> Iterator[tuple[slice, dict[str, T | None]]]:
+    """Per segment of a span: its units as a slice of the span, and its layers as ``decoder``
+    makes them; None where a layer changes nothing."""
     blobs = [payload.where.blobs(payload.view, span) for payload in payloads]
     for (segment, units), *found in zip(span.segments(), *blobs, strict=True):
-        layers: Layers = {}
+        layers: dict[str, T | None] = {}
+        name = f"{where}, tensor {span.entry.name}, segment {segment}"
         for payload, here in zip(payloads, found, strict=True):
             placed = payload.where.part
-            name = f"{where}, tensor {span.entry.name}, segment {segment}"
+            count = units.stop - units.start
             if placed.part.low_rank:
-                layers |= _multiply(placed, here[0], segment, units.stop - units.start, name)
-            else:
-                layers |= decode_layers(placed.part, here, units.stop - units.start, name)
+                layers["hi"] = decoder.place(_multiply(placed, here[0], segment, count, name))
+                continue
+            for layer, blob in zip(placed.part.layers, here, strict=True):
+                made = decoder.decode(placed.part, blob, count, name) if len(blob) else None
+                layers[layer] = made
         yield units, layers
 
 
 def _multiply(
     placed: PlacedPart, factors: memoryview, segment: int, count: int, where: str
-) -> Layers:
+) -> np.ndarray:
     """The ``hi`` of one segment of a low-rank Δ."""
     assert placed.part.low_rank is not None
     out = np.empty(count, np.float32)
-    try:
+    with blamed(where):
         placed.part.low_rank.product(placed.shape).fill(factors, segment * SEGMENT, out)
-    except CorruptPayload as error:
-        raise CorruptPayload(f"{where}: {error}", next_step=DAMAGED) from error
-    return {"hi": out.view(unit_dtype("F32"))}
+    return out.view(unit_dtype("F32"))
 
 
 class PayloadHashes:
@@ -155,38 +167,32 @@ class PayloadHashes:
                 check_hash(self._open.pop(group).hexdigest(), part.part.blake3, name)
 
 
-def decode_layers(part: Part, blobs: list[memoryview], count: int, where: str) -> Layers:
-    """The layers of one segment as bit patterns of ``count`` units; None where a layer changes
-    nothing. Raises ``CorruptPayload`` naming ``where``."""
-    decoded: Layers = {}
-    for layer, blob in zip(part.layers, blobs, strict=True):
-        if not len(blob):
-            decoded[layer] = None
-            continue
-        out = np.empty(count, unit_dtype(part.dtype))
-        encoding = ENCODINGS[part.encoding]
+def decode_blob(part: Part, blob: memoryview, count: int, where: str) -> np.ndarray:
+    """One layer of one segment as bit patterns of ``count`` units. Raises ``CorruptPayload`` naming
+    ``where``."""
+    out = np.empty(count, unit_dtype(part.dtype))
+    encoding = ENCODINGS[part.encoding]
+    with blamed(where):
         if 8 * out.itemsize not in encoding.widths:
-            raise CorruptPayload(
-                f"{where}: encoding {part.encoding} can't hold {part.dtype}", next_step=DAMAGED
-            )
-        try:
-            encoding.decode(blob, out)
-        except CorruptPayload as error:
-            raise CorruptPayload(f"{where}: {error}", next_step=DAMAGED) from error
-        decoded[layer] = out
-    return decoded
+            raise CorruptPayload(f"encoding {part.encoding} can't hold {part.dtype}")
+        encoding.decode(blob, out)
+    return out
 
 
-def difference_of(part: Part, layers: Layers) -> Difference | None:
-    """Δ of a segment out of its decoded ``hi`` and ``lo``; None when nothing changes."""
-    from hubdiff import numerics
+class Arrays:
+    """Bit patterns as numpy arrays, on the CPU."""
 
-    hi, lo = layers.get("hi"), layers.get("lo")
-    if hi is None and lo is None:
-        return None
-    if hi is None:
-        assert lo is not None
-        hi = np.full(lo.shape, 1 << (8 * lo.itemsize - 1), lo.dtype)
-    high = numerics.from_bits(hi, part.dtype)
-    low = None if lo is None else numerics.from_bits(lo, part.dtype)
-    return numerics.Difference(high, low)
+    def decode(self, part: Part, blob: memoryview, count: int, where: str) -> np.ndarray:
+        return decode_blob(part, blob, count, where)
+
+    def place(self, bits: np.ndarray) -> np.ndarray:
+        return bits
+
+
+@contextmanager
+def blamed(where: str) -> Iterator[None]:
+    """Say in ``CorruptPayload`` which segment is meant."""
+    try:
+        yield
+    except CorruptPayload as error:
+        raise CorruptPayload(f"{where}: {error}", next_step=DAMAGED) from error

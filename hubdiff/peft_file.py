@@ -104,7 +104,7 @@ class _Again:
                 assert view is not None
                 yield view
             else:
-                yield make_span(span, step, view, found, "cpu", Trims())
+                yield make_span(span, step, view, found, Trims())
         if source is not None and digest.hexdigest() != record.base:
             raise self._wrong_base(record)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from hubdiff import kernels
 from hubdiff.errors import CorruptPayload
-from hubdiff.payloads import Layers, SpanBytes, decode_segments
+from hubdiff.payloads import Arrays, SpanBytes, decode_segments
 from hubdiff.plan import Step
 from hubdiff.stream import Span, unit_dtype
 
@@ -36,7 +36,7 @@ def combine_quick(
     dtype, where = unit_dtype(span.entry.dtype), str(term.delta.tree.pin)
     given = None if source is None else np.frombuffer(source, dtype)
     out = np.empty(span.units, dtype)
-    for units, layers in decode_segments(span, found, where):
+    for units, layers in decode_segments(span, found, where, Arrays()):
         target = None if given is None else given[units]
         if "raw" in layers:
             bits = target if layers["raw"] is None else layers["raw"]
@@ -48,7 +48,7 @@ def combine_quick(
     return out.view(np.uint8).data
 
 
-def _add(target: np.ndarray, layers: Layers, out: np.ndarray) -> bool:
+def _add(target: np.ndarray, layers: dict[str, np.ndarray | None], out: np.ndarray) -> bool:
     """Fill ``out``; False: not all of it are numbers, or there are exact bits to look at."""
     hi, lo = layers.get("hi"), layers.get("lo")
     if layers.get("ulp") is not None or (hi is None and lo is not None):

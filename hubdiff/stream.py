@@ -132,17 +132,26 @@ def span_range(span: Span, placed: Placed) -> Range:
     return Range(placed.file, begin, end)
 
 
-def read_ranges(source: Checkpoint, ranges: Iterable[Range]) -> dict[Range, memoryview]:
-    """Read ranges, neighbours in one request; nothing between them is read."""
+def new_buffer(nbytes: int) -> memoryview:
+    """Memory to read into. np.empty, not bytearray: no time spent on zeros overwritten at once."""
+    return np.empty(nbytes, dtype=np.uint8).data
+
+
+def read_ranges(
+    source: Checkpoint,
+    ranges: Iterable[Range],
+    buffer: Callable[[int], memoryview] = new_buffer,
+) -> dict[Range, memoryview]:
+    """Read ranges, neighbours in one request; nothing between them is read. ``buffer`` gives the
+    memory they are read into."""
     views: dict[Range, memoryview] = {}
     for run in _runs(sorted(set(ranges))):
         begin, end = run[0].begin, run[-1].end
-        # np.empty, not bytearray: no time spent on zeros that are overwritten at once.
-        buffer = np.empty(end - begin, np.uint8).data
-        if len(buffer):
-            source.reader(run[0].file).read_into(begin, buffer)
+        whole = buffer(end - begin)
+        if len(whole):
+            source.reader(run[0].file).read_into(begin, whole)
         for item in run:
-            views[item] = buffer[item.begin - begin : item.end - begin]
+            views[item] = whole[item.begin - begin : item.end - begin]
     return views
 
 
@@ -157,10 +166,13 @@ def _runs(ranges: list[Range]) -> Iterator[list[Range]]:
         yield run
 
 
-def workers_for(*, remote: bool) -> int:
+def workers_for(*, remote: bool, gpu: bool = False) -> int:
     """Threads that read and compute. Each holds about 35 MB, so there are few of them however many
-    cores there are: peak memory is a promise. Waiting for a network costs no core and gets more."""
-    return MOST_WORKERS if remote else min(os.cpu_count() or 1, MOST_WORKERS - 2)
+    cores there are: peak memory is a promise. Waiting for a network costs no core and gets more;
+    so does waiting for a GPU, which copies in and out while it computes for another."""
+    if remote:
+        return MOST_WORKERS
+    return MOST_WORKERS - 2 if gpu else min(os.cpu_count() or 1, MOST_WORKERS - 2)
 
 
 def run_ordered(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hubdiff.delta import Delta
-from hubdiff.payloads import PayloadHashes, decode_segments
+from hubdiff.payloads import Arrays, PayloadHashes, decode_segments
 from hubdiff.plan import Term, trim_passes
 from hubdiff.safetensors_io import TensorEntry
 from hubdiff.stream import spans_of, unit_bytes
@@ -86,7 +86,7 @@ def _magnitudes(term: Term, entry: TensorEntry) -> Iterator[np.ndarray]:
     for span in spans_of(entry):
         payloads = term.delta.read([(span, term.record, (part.group,))])[span]
         hashes.take(span, payloads)
-        for units, layers in decode_segments(span, payloads, where):
+        for units, layers in decode_segments(span, payloads, where, Arrays()):
             hi = layers["hi"]
             if hi is None:
                 yield np.zeros(units.stop - units.start, np.uint32)

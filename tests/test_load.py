@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import gc
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -13,9 +14,12 @@ from typing import Any
 import models
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
 import hubdiff
-from hubdiff.errors import CheckpointError, HubdiffError
+from hubdiff.errors import CheckpointError, HubdiffError, IntegrityError
+from hubdiff.writer import OutputFile
 
 
 @pytest.fixture
@@ -131,9 +135,232 @@ def test_weights_left_on_the_disk_live_as_long_as_the_model(
         return model
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "from_pretrained", classmethod(offloading))
-    model = hubdiff.load(*pair)
+    model = hubdiff.load(*pair, device_map="auto")
     (folder,) = left_over(tmp_path)
     assert json.loads((folder / "model" / "config.json").read_text())
     del model
     gc.collect()
     assert left_over(tmp_path) == []
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all files that hubdiff opens for writing."""
+    names: list[str] = []
+    original = OutputFile.__init__
+
+    def recording(self: OutputFile, path: Path, size: int) -> None:
+        names.append(path.name)
+        original(self, path, size)
+
+    monkeypatch.setattr(OutputFile, "__init__", recording)
+    return names
+
+
+def same_bits(model: Any, other: Any) -> bool:
+    """Every parameter and buffer, by name, dtype and bits."""
+    ours, theirs = model.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype
+        and torch.equal(ours[name].view(torch.uint8), theirs[name].view(torch.uint8))
+        for name in ours
+    )
+
+
+@pytest.mark.parametrize("onto", ["own base", "sibling"])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {},
+        {"dtype": "auto"},
+        {"dtype": torch.float32},
+        {"device_map": "cpu"},
+        {"device_map": {"": "cpu"}},
+        {"attn_implementation": "eager"},
+    ],
+    ids=str,
+)
+def test_it_is_the_model_that_apply_and_from_pretrained_give(
+    tmp_path: Path, written: list[str], wanted: dict[str, Any], onto: str
+) -> None:
+    delta, base = make_pair(tmp_path)
+    target = base
+    if onto == "sibling":
+        target = models.save(tmp_path / "next", models.weights(seed=5), shards=2)
+    hubdiff.apply(delta, target, output=tmp_path / "folder")
+    written.clear()
+    model = hubdiff.load(delta, target, **wanted)
+    assert set(written) <= {"config.json", "generation_config.json"}
+    expected = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "folder", **wanted)
+    assert same_bits(model, expected)
+    assert model.config.to_dict() == {
+        **expected.config.to_dict(),
+        "_name_or_path": model.config.to_dict()["_name_or_path"],
+    }
+    assert model.generation_config.to_dict() == expected.generation_config.to_dict()
+
+
+def test_tied_embeddings_stay_one_tensor(tmp_path: Path) -> None:
+    tensors = models.weights()
+    del tensors["lm_head.weight"]
+    base = models.save(tmp_path / "base", tensors, tie_word_embeddings=True)
+    tuned = models.save(tmp_path / "tuned", models.moved(tensors), tie_word_embeddings=True)
+    hubdiff.push_delta(tuned, tmp_path / "delta", base=base)
+    model = hubdiff.load(tmp_path / "delta", base)
+    embedding = model.get_input_embeddings().weight
+    assert model.get_output_embeddings().weight.data_ptr() == embedding.data_ptr()
+    assert torch.equal(embedding, models.moved(tensors)["model.embed_tokens.weight"])
+
+
+def test_shards_that_did_not_change_come_too(tmp_path: Path, written: list[str]) -> None:
+    """On the own base and in a transfer they are files taken whole, not merged tensors."""
+    tensors = models.weights()
+    tuned = models.moved(tensors)
+    names = list(tensors)
+    tuned |= {name: tensors[name] for name in names[::2]}  # all of the first shard
+    base_folder = models.save(tmp_path / "base", tensors, shards=2)
+    tuned_folder = models.save(tmp_path / "tuned", tuned, shards=2)
+    hubdiff.push_delta(tuned_folder, tmp_path / "delta", base=base_folder)
+    other = models.weights(seed=8)
+    for target in (base_folder, models.save(tmp_path / "next", other, shards=2)):
+        written.clear()
+        state = hubdiff.load(tmp_path / "delta", target).state_dict()
+        assert not any(name.endswith(".safetensors") for name in written)
+        kept = tensors if target == base_folder else other
+        assert all(torch.equal(state[name], kept[name]) for name in names[::2])
+        assert not torch.equal(state[names[1]], kept[names[1]])
+
+
+def test_transformers_does_not_reserve_the_memory_twice(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would, on a GPU, before it sees that the weights lie there already."""
+    reserved: list[int] = []
+
+    def warmup(*args: Any) -> None:
+        reserved.append(1)
+
+    monkeypatch.setattr(transformers.modeling_utils, "caching_allocator_warmup", warmup)
+    hubdiff.load(*pair, device_map="cpu")
+    assert reserved == []
+    assert transformers.modeling_utils.caching_allocator_warmup is warmup
+
+
+def test_from_the_hub(tmp_path: Path, put_repo: Any, written: list[str]) -> None:
+    delta, base = make_pair(tmp_path)
+
+    def put(folder: Path) -> str:
+        files = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+        return put_repo({name: path.read_bytes() for name, path in files.items()})
+
+    repos = put(delta), put(base)
+    written.clear()
+    model = hubdiff.load(*repos)
+    assert not any(name.endswith(".safetensors") for name in written)
+    expected = load_file(tmp_path / "tuned" / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], expected[name]) for name in expected)
+
+
+def test_a_fused_layout_of_transformers_is_made_from_the_tensors(tmp_path: Path) -> None:
+    """Mixtral's experts are one tensor each on disk and one for all in the class."""
+    config = transformers.MixtralConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        num_local_experts=2,
+        vocab_size=64,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    transformers.MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    assert any(".experts.1." in name for name in tensors)
+    tuned = models.save(tmp_path / "tuned", models.moved(tensors))
+    (tuned / "config.json").write_text((tmp_path / "base" / "config.json").read_text())
+    hubdiff.push_delta(tuned, tmp_path / "delta", base=tmp_path / "base")
+    model = hubdiff.load(tmp_path / "delta", tmp_path / "base")
+    assert same_bits(model, transformers.MixtralForCausalLM.from_pretrained(tuned))
+
+
+def test_damage_raises_and_leaves_nothing(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    delta, base = pair
+    (file,) = delta.glob("delta-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(HubdiffError):
+        hubdiff.load(delta, base)
+    assert left_over(tmp_path) == []
+
+
+def test_a_rebuild_that_is_not_the_tuned_file_is_refused(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No damage to the input could get this far: the arithmetic itself is made wrong."""
+    from hubdiff import numerics
+
+    original = numerics.add
+    monkeypatch.setattr(
+        numerics, "add", lambda t, d, s, dtype: -original(t, d, s, dtype), raising=True
+    )
+    with pytest.raises(IntegrityError, match="rebuilt"):
+        hubdiff.load(*pair, device="cpu")
+
+
+def test_a_base_that_only_looks_like_the_own_base_becomes_a_transfer(tmp_path: Path) -> None:
+    delta, _ = make_pair(tmp_path)
+    tensors = models.weights()
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += 1  # behind the probe
+    sibling = models.save(tmp_path / "sibling", tensors)
+    hubdiff.apply(delta, sibling, output=tmp_path / "folder")
+    expected = load_file(tmp_path / "folder" / "model.safetensors")
+    state = hubdiff.load(delta, sibling).state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+_MEASURED = """
+import json, resource, sys
+import torch, transformers
+import hubdiff
+from hubdiff import merge
+from transformers import LlamaForCausalLM
+
+# No file may grow beyond this, and a larger write ends the process.
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+torch.set_num_threads(1)
+hubdiff.load(*sys.argv[1:3])  # all that is loaded and allocated once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+model = hubdiff.load(*sys.argv[3:5])
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+print(json.dumps([size, after - before]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in bytes elsewhere")
+def test_the_model_lies_in_memory_once_and_on_no_disk(tmp_path: Path) -> None:
+    rows, hidden = 40_000, 2048
+    big = {"hidden_size": hidden, "vocab_size": rows, "num_hidden_layers": 0}
+    tensors = {
+        "model.embed_tokens.weight": torch.full((rows, hidden), 0.5, dtype=torch.bfloat16),
+        "model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+        "lm_head.weight": torch.full((rows, hidden), 0.25, dtype=torch.bfloat16),
+    }
+    base = models.save(tmp_path / "large" / "base", tensors, **big)
+    tensors["lm_head.weight"][::100] = 0.375
+    tuned = models.save(tmp_path / "large" / "tuned", tensors, **big)
+    hubdiff.push_delta(tuned, tmp_path / "large" / "delta", base=base)
+    (tmp_path / "small").mkdir()
+    pairs = [*make_pair(tmp_path / "small"), tmp_path / "large" / "delta", base]
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED, *map(str, pairs)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    size, more = json.loads(done.stdout.splitlines()[-1])
+    assert size > 300e6
+    assert more < 1.3 * size

@@ -20,11 +20,12 @@ from typing import Protocol
 
 import numpy as np
 
+from hubdiff.encodings._frames import Stream
 from hubdiff.encodings.packed import Packed
 from hubdiff.encodings.plain import Plain
 from hubdiff.encodings.planes import Planes
 
-__all__ = ["ENCODINGS", "SEGMENT", "Encoding"]
+__all__ = ["ENCODINGS", "SEGMENT", "Encoding", "Stream"]
 
 # Elements per segment. Smaller ones cost size (64Ki: +1.3 %), larger ones decode slower (2Mi: by a
 # third) and hold more memory; readers work in parallel over segments.

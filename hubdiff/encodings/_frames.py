@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 import zstandard
@@ -65,6 +66,57 @@ def write_stream(raw: np.ndarray) -> bytes:
     return _STREAM.pack(raw.size, len(body)) + body
 
 
+@dataclass(frozen=True)
+class Stream:
+    """A stream whose sizes are checked and whose body is still as it was stored: whoever needs the
+    bytes says where to decode them. ``what`` names it in errors."""
+
+    raw_size: int
+    body: memoryview
+    what: str
+    encoding: str
+
+    @property
+    def repeated(self) -> int | None:
+        """The one byte that the stream repeats, if it is stored so."""
+        return self.body[0] if len(self.body) == 1 < self.raw_size else None
+
+    @property
+    def framed(self) -> bool:
+        """Stored as a zstd frame."""
+        return len(self.body) < self.raw_size and self.repeated is None
+
+    def content(self) -> np.ndarray:
+        """A 1-D uint8 array, read-only when it is a view of the blob or of a frame's content."""
+        if self.repeated is not None:
+            return np.full(self.raw_size, self.repeated, np.uint8)
+        return np.frombuffer(self._unpacked() if self.framed else self.body, np.uint8)
+
+    def check_frame(self) -> None:
+        """Raise ``CorruptPayload`` unless the frame says that it holds ``raw_size`` bytes."""
+        try:
+            size = zstandard.frame_content_size(self.body)
+        except zstandard.ZstdError as error:
+            raise self.fail(f"can't be read ({error})") from error
+        if size != self.raw_size:
+            raise self.fail(f"holds {size} bytes, expected {self.raw_size}")
+
+    def fail(self, what: str) -> CorruptPayload:
+        return corrupt(f"Corrupt {self.encoding} blob: the frame of {self.what} {what}.")
+
+    def _unpacked(self) -> bytes:
+        self.check_frame()
+        try:
+            content: bytes = _decompressor().decompress(
+                self.body, max_output_size=self.raw_size, allow_extra_data=False
+            )
+        except zstandard.ZstdError as error:
+            raise self.fail(f"can't be read ({error})") from error
+        if len(content) != self.raw_size:
+            raise self.fail(f"gave {len(content)} bytes, expected {self.raw_size}")
+        return content
+
+
 class BlobReader:
     """A cursor over one blob. Every read names what it reads, for the error message."""
 
@@ -87,39 +139,17 @@ class BlobReader:
     def uint(self, size: int, what: str) -> int:
         return int.from_bytes(self.take(size, what), "little")
 
-    def stream(self, what: str, least: int, most: int | None = None) -> np.ndarray:
-        """The next stream, of ``least`` to ``most`` bytes (exactly ``least`` by default).
-
-        A 1-D uint8 array, read-only when it is a view of the blob or of a frame's content.
-        """
+    def stream(self, what: str, least: int, most: int | None = None) -> Stream:
+        """The next stream, of ``least`` to ``most`` bytes (exactly ``least`` by default)."""
         raw_size, stored_size = _STREAM.unpack(self.take(_STREAM.size, f"the header of {what}"))
         if not least <= raw_size <= (least if most is None else most):
             wanted = f"{least}" if most is None else f"{least} to {most}"
             raise self.fail(f"{what} declares {raw_size} bytes, expected {wanted}")
         if stored_size > raw_size:
             raise self.fail(f"{what} stores {stored_size} bytes for {raw_size}")
-        body = self.take(stored_size, what)
-        if stored_size == raw_size:
-            return np.frombuffer(body, np.uint8)
-        if stored_size == 1:
-            return np.full(raw_size, body[0], np.uint8)
-        return np.frombuffer(self._frame(body, raw_size, what), np.uint8)
+        return Stream(raw_size, self.take(stored_size, what), what, self._encoding)
 
     def end(self) -> None:
         left = len(self._blob) - self._offset
         if left:
             raise self.fail(f"{left} bytes follow its end")
-
-    def _frame(self, body: memoryview, raw_size: int, what: str) -> bytes:
-        try:
-            size = zstandard.frame_content_size(body)
-            if size != raw_size:
-                raise self.fail(f"the frame of {what} holds {size} bytes, expected {raw_size}")
-            content: bytes = _decompressor().decompress(
-                body, max_output_size=raw_size, allow_extra_data=False
-            )
-        except zstandard.ZstdError as error:
-            raise self.fail(f"the frame of {what} can't be read ({error})") from error
-        if len(content) != raw_size:
-            raise self.fail(f"the frame of {what} gave {len(content)} bytes, expected {raw_size}")
-        return content

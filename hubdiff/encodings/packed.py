@@ -8,18 +8,26 @@ and often one of them ("unchanged") most of it. Each segment takes the variant t
 - ranks      one byte per element, its symbol's rank by frequency; 255 escapes to a list
 - gaps       the commonest symbol is left out: distances between the others, then the others
 - wide gaps  the same with two bytes per distance, for under 0.3 % of others
+
+Reading has two steps. ``parse`` takes a blob apart and checks every size; what it returns says how
+to make the symbols, here with numpy or elsewhere (``hubdiff.device``). What only the decoded bytes
+can tell, the second step has to check; the docstrings of the parts list it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
-from hubdiff.encodings._frames import BlobReader, write_stream
+from hubdiff.encodings._frames import BlobReader, Stream, corrupt, write_stream
 from hubdiff.encodings.planes import join, split
+from hubdiff.errors import CorruptPayload
 
 _CONSTANT, _DIRECT, _RANKS, _GAPS, _WIDE_GAPS = range(5)
 
-_ESCAPE = 255  # in ranks: the symbol is in the list; in gaps: 255 further, and go on
+ESCAPE = 255  # in ranks: the symbol is in the list; in gaps: 255 further, and go on
+_ESCAPE = ESCAPE
 
 # Measured on differences of bf16 models: with more escapes than this `direct` is smaller, and with
 # fewer others than this (one per 370: half of all gap bytes would be escapes) `wide gaps` is.
@@ -48,13 +56,11 @@ class Packed:
         return min(sparse, _encode_dense(bits), key=len)
 
     def decode(self, blob: bytes | memoryview, out: np.ndarray) -> None:
-        reader = BlobReader(blob, self.name)
-        variant = reader.uint(1, "the variant")
-        if variant in (_GAPS, _WIDE_GAPS):
-            _decode_gaps(reader, variant, out)
+        parsed = parse(blob, out.size)
+        if isinstance(parsed, Gaps):
+            _render_gaps(parsed, out)
         else:
-            _decode_dense(reader, variant, out)
-        reader.end()
+            _render_dense(parsed, out)
 
 
 def _commonest(bits: np.ndarray) -> int:
@@ -147,37 +153,135 @@ def _write_symbols(symbols: np.ndarray) -> bytes:
     return b"".join(write_stream(plane) for plane in split(rotated))
 
 
-def _read_symbols(reader: BlobReader, out: np.ndarray) -> None:
-    low = reader.stream("the low bytes of the symbols", out.size)
-    high = reader.stream("the high bytes of the symbols", out.size)
-    join([low, high], out)
+# --- reading: sizes ---
+
+
+@dataclass(frozen=True)
+class Constant:
+    symbol: int
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """``length`` symbols as two streams of bytes, each symbol rotated left by one bit."""
+
+    length: int
+    low: Stream
+    high: Stream
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The first ``size`` symbols are the table, the rest what the escapes stand for. To check: as
+    many ranks are ``ESCAPE`` as there are such symbols, and no other is ``size`` or more."""
+
+    size: int
+    ranks: Stream
+    symbols: Symbols
+
+    @property
+    def escapes(self) -> int:
+        return self.symbols.length - self.size
+
+
+Dense = Constant | Symbols | Ranks
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """``others`` symbols among ``common`` ones. To check: as many coarse bytes are below
+    ``ESCAPE``, the last among them, and the last position is below the number of elements."""
+
+    common: int
+    others: int
+    coarse: Stream
+    fine: Stream | None
+    values: Dense
+
+
+def parse(blob: bytes | memoryview, count: int) -> Dense | Gaps:
+    """The parts of the blob of ``count`` symbols. Raises ``CorruptPayload``."""
+    reader = BlobReader(blob, Packed.name)
+    variant = reader.uint(1, "the variant")
+    wide = variant == _WIDE_GAPS
+    if wide or variant == _GAPS:
+        parsed: Dense | Gaps = _parse_gaps(reader, count, wide)
+    else:
+        parsed = _parse_dense(reader, variant, count)
+    reader.end()
+    return parsed
+
+
+def _parse_dense(reader: BlobReader, variant: int, count: int) -> Dense:
+    if variant == _CONSTANT:
+        return Constant(reader.uint(2, "the symbol"))
+    if variant == _DIRECT:
+        return _parse_symbols(reader, count, count)
+    if variant == _RANKS:
+        size = reader.uint(1, "the table size")
+        ranks = reader.stream("the ranks", count)
+        return Ranks(size, ranks, _parse_symbols(reader, size, size + count))
+    raise reader.fail(f"variant {variant} is not one that can stand here")
+
+
+def _parse_symbols(reader: BlobReader, least: int, most: int) -> Symbols:
+    low = reader.stream("the low bytes of the symbols", least, None if least == most else most)
+    high = reader.stream("the high bytes of the symbols", low.raw_size)
+    return Symbols(low.raw_size, low, high)
+
+
+def _parse_gaps(reader: BlobReader, count: int, wide: bool) -> Gaps:
+    common = reader.uint(2, "the common symbol")
+    others = reader.uint(4, "the number of others")
+    if not 1 <= others <= count // 2:
+        raise reader.fail(f"{others} others among {count} elements (at most half can be)")
+    coarse = reader.stream("the gaps", others, others + count // ESCAPE)
+    fine = reader.stream("the fine gaps", others) if wide else None
+    values = _parse_dense(reader, reader.uint(1, "the variant of the others"), others)
+    return Gaps(common, others, coarse, fine, values)
+
+
+def _fail(what: str) -> CorruptPayload:
+    return corrupt(f"Corrupt {Packed.name} blob: {what}.")
+
+
+# --- reading: symbols ---
+
+
+def _render_symbols(symbols: Symbols) -> np.ndarray:
+    out = np.empty(symbols.length, np.uint16)
+    _render_symbols_into(symbols, out)
+    return out
+
+
+def _render_symbols_into(symbols: Symbols, out: np.ndarray) -> None:
+    join([symbols.low.content(), symbols.high.content()], out)
     sign = out << 15
     np.right_shift(out, 1, out=out)
     np.bitwise_or(out, sign, out=out)
 
 
-def _decode_dense(reader: BlobReader, variant: int, out: np.ndarray) -> None:
-    if variant == _CONSTANT:
-        out.fill(reader.uint(2, "the symbol"))
-    elif variant == _DIRECT:
-        _read_symbols(reader, out)
-    elif variant == _RANKS:
-        _decode_ranks(reader, out)
+def _render_dense(dense: Dense, out: np.ndarray) -> None:
+    if isinstance(dense, Constant):
+        out.fill(dense.symbol)
+    elif isinstance(dense, Symbols):
+        _render_symbols_into(dense, out)
     else:
-        raise reader.fail(f"variant {variant} is not one that can stand here")
+        _render_ranks(dense, out)
 
 
-def _decode_ranks(reader: BlobReader, out: np.ndarray) -> None:
+def _render_ranks(parsed: Ranks, out: np.ndarray) -> None:
     from hubdiff import kernels
 
-    size = reader.uint(1, "the table size")
-    ranks = reader.stream("the ranks", out.size)
-    is_escape = ranks == _ESCAPE
+    ranks, size = parsed.ranks.content(), parsed.size
+    is_escape = ranks == ESCAPE
     escapes = int(np.count_nonzero(is_escape))
     if int(np.count_nonzero(ranks >= size)) != escapes:
-        raise reader.fail(f"a rank is beyond the table of {size}")
-    symbols = np.empty(size + escapes, np.uint16)
-    _read_symbols(reader, symbols)
+        raise _fail(f"a rank is beyond the table of {size}")
+    if parsed.escapes != escapes:
+        listed, due = parsed.symbols.length, size + escapes
+        raise _fail(f"the low bytes of the symbols declares {listed} bytes, expected {due}")
+    symbols = _render_symbols(parsed.symbols)
     table = np.zeros(256, np.uint16)
     table[:size] = symbols[:size]
     kernels.from_ranks(ranks, table, out)
@@ -185,28 +289,24 @@ def _decode_ranks(reader: BlobReader, out: np.ndarray) -> None:
         out[_where(is_escape)] = symbols[size:]
 
 
-def _decode_gaps(reader: BlobReader, variant: int, out: np.ndarray) -> None:
-    common = reader.uint(2, "the common symbol")
-    others = reader.uint(4, "the number of others")
-    if not 1 <= others <= out.size // 2:
-        raise reader.fail(f"{others} others among {out.size} elements (at most half can be)")
-    coarse = reader.stream("the gaps", others, others + out.size // _ESCAPE)
-    is_end = coarse != _ESCAPE
+def _render_gaps(gaps: Gaps, out: np.ndarray) -> None:
+    coarse, others = gaps.coarse.content(), gaps.others
+    is_end = coarse != ESCAPE
     if int(np.count_nonzero(is_end)) != others or not is_end[-1]:
-        raise reader.fail(f"the gaps are not {others}, each ended by a byte below {_ESCAPE}")
+        raise _fail(f"the gaps are not {others}, each ended by a byte below {ESCAPE}")
     # A narrow step is its gap plus the element itself: at most 254 + 1, so still one byte.
-    steps = coarse if variant == _WIDE_GAPS else coarse + is_end
+    steps = coarse if gaps.fine is not None else coarse + is_end
     positions = np.cumsum(steps, dtype=np.int64)
     if coarse.size > others:
         positions = positions[_where(is_end)]
-    if variant == _WIDE_GAPS:
+    if gaps.fine is not None:
         positions <<= 8
-        positions += np.cumsum(reader.stream("the fine gaps", others), dtype=np.int64)
+        positions += np.cumsum(gaps.fine.content(), dtype=np.int64)
         positions += np.arange(1, others + 1)
     positions -= 1
     if positions[-1] >= out.size:
-        raise reader.fail(f"the gaps reach element {positions[-1]} of {out.size}")
+        raise _fail(f"the gaps reach element {positions[-1]} of {out.size}")
     values = np.empty(others, np.uint16)
-    _decode_dense(reader, reader.uint(1, "the variant of the others"), values)
-    out.fill(common)
+    _render_dense(gaps.values, values)
+    out.fill(gaps.common)
     out[positions] = values

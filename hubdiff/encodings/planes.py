@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from hubdiff.encodings._frames import BlobReader, write_stream
+from hubdiff.encodings._frames import BlobReader, Stream, write_stream
 
 
 def split(bits: np.ndarray) -> np.ndarray:
@@ -28,6 +28,14 @@ def join(planes: list[np.ndarray], out: np.ndarray) -> None:
         column[:] = plane
 
 
+def parse(blob: bytes | memoryview, count: int, itemsize: int) -> list[Stream]:
+    """The planes of ``count`` elements, lowest byte first."""
+    reader = BlobReader(blob, Planes.name)
+    planes = [reader.stream(f"plane {index}", count) for index in range(itemsize)]
+    reader.end()
+    return planes
+
+
 class Planes:
     name = "planes"
     widths = frozenset({8, 16, 32, 64})
@@ -36,7 +44,4 @@ class Planes:
         return b"".join(write_stream(plane) for plane in split(bits))
 
     def decode(self, blob: bytes | memoryview, out: np.ndarray) -> None:
-        reader = BlobReader(blob, self.name)
-        planes = [reader.stream(f"plane {index}", out.size) for index in range(out.itemsize)]
-        reader.end()
-        join(planes, out)
+        join([plane.content() for plane in parse(blob, out.size, out.itemsize)], out)

@@ -6,11 +6,11 @@ import ctypes
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from hubdiff._version import __version__
 from hubdiff.card import result_card
@@ -41,6 +41,7 @@ from hubdiff.refs import ModelRef, parse_weighted
 from hubdiff.scales import Scales
 from hubdiff.writer import RESULT, Sink, open_sink, output_folder
 
+R = TypeVar("R")
 RECORD = RESULT.marker
 # Whole files up to this size, such as configs and tokenizers, are rank 0's; larger ones are shared.
 SMALL_FILE = 16 << 20
@@ -134,21 +135,26 @@ def apply(
     destination = _destination(output, push_to)
     filters = Filters.of(include, exclude)
     # A dry run reads no weights: it must not fill the cache with them either.
-    with _opened(delta, to, cache and not dry_run, ranks) as (opened, target):
+    with opened_models(delta, to, cache and not dry_run, ranks) as (opened, target):
         plan = make_plan(opened, target, scale=scales, method=merging, filters=filters)
         if dry_run:
             return Applied(plan.as_json(), True, str(destination))
         watched = ranks.watched(progress or Silent())
         job = _Apply(destination, filters, device, private, pr, force, command, watched, ranks)
-        try:
-            applied = job.run(plan)
-        except WrongBase:
-            if plan.proved:
-                raise
-            # The sampled tensors were the base's, another was not: it is a sibling after all.
-            again = make_plan(opened, target, filters=filters, as_transfer=True)
-            applied = job.run(again)
+        applied = run_plan(plan, filters, job.run)
     return replace(applied, seconds=time.monotonic() - began)
+
+
+def run_plan(plan: MergePlan, filters: Filters, run: Callable[[MergePlan], R]) -> R:
+    """``run`` the plan, or where it shows that the target only looked like the own base, the plan
+    of a transfer."""
+    try:
+        return run(plan)
+    except WrongBase:
+        if plan.proved:
+            raise
+        # The sampled tensors were the base's, another was not: it is a sibling after all.
+        return run(make_plan(plan.deltas, plan.target, filters=filters, as_transfer=True))
 
 
 def method_of(name: str, density: float | None, seed: int | None) -> Method:
@@ -194,9 +200,10 @@ def _destination(output: str | Path | None, push_to: str | None) -> ModelRef:
 
 
 @contextmanager
-def _opened(
-    delta: str | Path | Sequence[DeltaRef], to: str | Path, cache: bool, ranks: Ranks
+def opened_models(
+    delta: str | Path | Sequence[DeltaRef], to: str | Path, cache: bool, ranks: Ranks = ALONE
 ) -> Iterator[tuple[list[Weighted], Checkpoint]]:
+    """The deltas with their weights and the target they go onto, open."""
     with ExitStack() as stack:
         named = weighted_refs(delta)
         *deltas, target_tree = open_alike(

@@ -2,18 +2,54 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hubdiff.configs import quantised
 from hubdiff.errors import CheckpointError, HubdiffError
-from hubdiff.jobs.apply import DeltaRef, apply
+from hubdiff.jobs.apply import (
+    DeltaRef,
+    apply,
+    choose_device,
+    method_of,
+    opened_models,
+    run_plan,
+)
+from hubdiff.pair import Filters
+from hubdiff.plan import OWN_BASE, MergePlan, make_plan
+from hubdiff.progress import Silent
+from hubdiff.safetensors_io import Header, parse_header
+from hubdiff.scales import Scales
+from hubdiff.writer import Memory
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
+
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+# What makes from_pretrained want a folder with the weights in it.
+_NEEDS_FOLDER = frozenset(
+    {
+        "device_mesh",
+        "distributed_config",
+        "gguf_file",
+        "max_memory",
+        "offload_folder",
+        "quantization_config",
+        "state_dict",
+        "subfolder",
+        "tp_plan",
+        "tp_size",
+        "variant",
+    }
+)
 
 
 def load(
@@ -31,33 +67,156 @@ def load(
     """``target`` with ``delta`` on it, as the transformers model its config names.
 
     Args:
-        delta, target, scale, method, density, seed, device, cache: as ``hubdiff.apply``; ``device``
-            is where the merge is computed, not where the model ends up.
+        delta, target, scale, method, density, seed, cache: as ``hubdiff.apply``.
+        device: where the merge is computed. ``auto``: where the model ends up.
         from_pretrained_kwargs: handed to ``from_pretrained`` (``dtype``, ``device_map``, …).
             ``device_map`` needs accelerate: ``pip install accelerate``.
 
-    The merged weights pass through a temporary folder of the model's size (set ``TMPDIR`` to choose
-    the disk), which is gone when this returns, or with the model where ``device_map`` left weights
-    on the disk. Code that comes with a model is never run. Raises ``HubdiffError``; what
-    ``from_pretrained`` raises over its own arguments comes through as it is.
+    The weights are merged straight into the memory of the device that ``device_map`` names (the CPU
+    where it names none), and no file of them is written. What was read is checked as ``apply``
+    checks it. A rebuild on the own base has its files' sha256 compared as well, unless it is
+    computed on the GPU where it stays.
+
+    Weights spread over several devices or the disk (``device_map="auto"`` and its kin, a dict of
+    several), quantised ones and other arguments that want a folder pass through a temporary one of
+    the model's size instead (set ``TMPDIR`` to choose the disk). It is gone when this returns, or
+    with the model where ``device_map`` left weights on the disk.
+
+    Code that comes with a model is never run. Raises ``HubdiffError``; what ``from_pretrained``
+    raises over its own arguments comes through as it is.
     """
     _check_arguments(from_pretrained_kwargs)
+    scales, merging = Scales.of(scale), method_of(method, density, seed)
+    home = _one_device(from_pretrained_kwargs)
+    if home is not None:
+        with opened_models(delta, target, cache) as (opened, onto):
+            plan = make_plan(opened, onto, scale=scales, method=merging)
+            if not quantised(onto.config):
+                engine = str(home) if device == "auto" else choose_device(device)
+                loader = _Loader(home, engine, from_pretrained_kwargs)
+                return run_plan(plan, Filters(), loader.run)
+    merge = {"scale": scale, "method": method, "density": density, "seed": seed}
+    return _load_by_folder(
+        delta, target, {**merge, "device": device, "cache": cache}, from_pretrained_kwargs
+    )
+
+
+def _one_device(wanted: dict[str, Any]) -> torch.device | None:
+    """The device that all of the model is to be on, or None: then it takes a folder."""
+    if _NEEDS_FOLDER & {name for name, value in wanted.items() if value is not None}:
+        return None
+    import torch
+
+    place = wanted.get("device_map")
+    if isinstance(place, dict):
+        if set(place) != {""}:
+            return None
+        place = place[""]
+    if place is None:
+        return torch.device("cpu")
+    if place == "cuda":  # as transformers reads it: of several processes each has its own
+        place = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+    if place == "disk":
+        return None
+    try:
+        home = torch.device(place)
+    except (RuntimeError, TypeError):
+        return None  # "auto" and its kin; of a name that is wrong transformers says so
+    if home.type not in ("cpu", "cuda", "mps"):
+        return None
+    return torch.device(choose_device(str(home)))
+
+
+class _Loader:
+    """Runs a plan into the memory of ``home`` and makes a model of it."""
+
+    def __init__(self, home: torch.device, engine: str, wanted: dict[str, Any]) -> None:
+        self._home, self._engine, self._wanted = home, engine, wanted
+
+    def run(self, plan: MergePlan) -> PreTrainedModel:
+        from hubdiff import merge
+
+        with tempfile.TemporaryDirectory(prefix="hubdiff-") as small:
+            folder = Path(small)
+            headers = _headers(plan)
+            read = {*headers, _CONFIG, _GENERATION}
+            files = tuple(file for file in plan.files if file.path in read)
+            memory = Memory(folder, headers, self._home)
+            small_first = replace(plan, weights=(), files=_without(files, headers))
+            merge.run(small_first, memory, self._engine, Silent())
+            found_class = model_class(folder)  # refused before the weights are read
+            weights = replace(plan, files=tuple(f for f in files if f.path in headers))
+            merge.run(weights, memory, self._engine, Silent())
+            return self._model(found_class, folder, memory.tensors)
+
+    def _model(
+        self, model_class: Any, folder: Path, tensors: dict[str, torch.Tensor]
+    ) -> PreTrainedModel:
+        wanted = {"config": folder, **self._wanted, "trust_remote_code": False}
+        if wanted.get("generation_config") is None and model_class.can_generate():
+            wanted["generation_config"] = _generation_config(folder)
+        with _no_reserve():
+            model: PreTrainedModel = model_class.from_pretrained(None, state_dict=tensors, **wanted)
+        return model
+
+
+def _without(files: tuple[Any, ...], headers: dict[str, Header]) -> tuple[Any, ...]:
+    return tuple(file for file in files if file.path not in headers)
+
+
+def _headers(plan: MergePlan) -> dict[str, Header]:
+    """The weights files of the result, also those that are taken whole."""
+    if plan.case == OWN_BASE:
+        return {
+            file.path: parse_header(file.header or b"", file.size, file.path)
+            for file in plan.deltas[0].delta.manifest.tuned_files
+            if file.source == "weights"
+        }
+    return {**plan.target.shards, **{file.path: file.header for file in plan.weights}}
+
+
+def _generation_config(folder: Path) -> Any:
+    """As ``from_pretrained`` finds it in a folder."""
+    from transformers import GenerationConfig
+
+    if (folder / _GENERATION).is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_pretrained(
+        folder, config_file_name=_CONFIG, _from_model_config=True
+    )
+
+
+@contextmanager
+def _no_reserve() -> Iterator[None]:
+    """Before it loads, transformers reserves the memory of the whole model on the device. Here the
+    weights lie there already: it would be as much again."""
+    from transformers import modeling_utils
+
+    name = "caching_allocator_warmup"
+    original = getattr(modeling_utils, name, None)
+    if original is None:
+        yield
+        return
+    setattr(modeling_utils, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(modeling_utils, name, original)
+
+
+def _load_by_folder(
+    delta: str | Path | Sequence[DeltaRef],
+    target: str | Path,
+    how: dict[str, Any],
+    wanted: dict[str, Any],
+) -> PreTrainedModel:
+    """``how`` are arguments of ``apply``, ``wanted`` those of ``from_pretrained``."""
     folder = tempfile.TemporaryDirectory(prefix="hubdiff-")
     try:
         merged = Path(folder.name, "model")
-        apply(
-            delta,
-            target,
-            output=merged,
-            scale=scale,
-            method=method,
-            density=density,
-            seed=seed,
-            device=device,
-            cache=cache,
-        )
+        apply(delta, target, output=merged, **how)
         model: PreTrainedModel = model_class(merged).from_pretrained(
-            merged, **{**from_pretrained_kwargs, "trust_remote_code": False}
+            merged, **{**wanted, "trust_remote_code": False}
         )
     except BaseException:
         folder.cleanup()

@@ -96,7 +96,7 @@ def _check_file(tree: FileTree, path: str, expected: FileRecord) -> None:
 
 def _check_payloads(delta: Delta, progress: Progress) -> int:
     """Decode every segment of every part; blake3 of every payload."""
-    from hubdiff.payloads import PayloadHashes, SpanBytes, decode_segments
+    from hubdiff.payloads import Arrays, PayloadHashes, SpanBytes, decode_segments
 
     where = str(delta.tree.pin)
     changed = [record for record in delta.manifest.tensors if record.parts]
@@ -106,7 +106,7 @@ def _check_payloads(delta: Delta, progress: Progress) -> int:
     def decode(block: Block) -> list[SpanBytes]:
         (span,) = block.spans
         payloads = delta.read([(span, delta.records[span.entry.name], GROUPS)])[span]
-        for _ in decode_segments(span, payloads, where):
+        for _ in decode_segments(span, payloads, where, Arrays()):
             pass
         return payloads
 

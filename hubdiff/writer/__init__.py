@@ -23,6 +23,7 @@ from hubdiff.refs import ModelRef
 from hubdiff.writer.folder import FolderShare, FolderSink
 from hubdiff.writer.hub import HubShare, HubSink
 from hubdiff.writer.lock import only_run
+from hubdiff.writer.memory import Memory, TensorFile
 from hubdiff.writer.nowhere import Nowhere
 from hubdiff.writer.output import OutputFile, disk_errors, write_all
 from hubdiff.writer.place import output_folder, refuse_place
@@ -36,10 +37,12 @@ __all__ = [
     "FolderSink",
     "HubSink",
     "Kind",
+    "Memory",
     "Nowhere",
     "OutputFile",
     "Published",
     "Sink",
+    "TensorFile",
     "disk_errors",
     "open_sink",
     "output_folder",

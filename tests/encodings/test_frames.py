@@ -21,7 +21,7 @@ def _read(blob: bytes, least: int, most: int | None = None) -> bytes:
     reader = BlobReader(blob, "test")
     stream = reader.stream("the stream", least, most)
     reader.end()
-    return stream.tobytes()
+    return stream.content().tobytes()
 
 
 FRAME = zstandard.ZstdCompressor().compress(b"ab" * 500)

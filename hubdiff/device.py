@@ -1,0 +1,265 @@
+"""Where the arithmetic is done: bytes become tensors on a device, payloads are decoded there, and
+results come back as bytes.
+
+``Cpu`` and ``Gpu`` offer the same. Work is done a block at a time, ``with engine.block() as work``;
+``work`` belongs to one thread. On the CPU nothing is copied. On a GPU every worker thread has a
+stream of its own, so that one block is copied in while another is computed and a third copied out;
+the memory for it is pinned, and comes from torch's pool, which hands a buffer out again once nobody
+holds it and the stream is done with it.
+
+A GPU can't raise an error while it decodes. What only decoded bytes can tell is counted there and
+looked at in ``settle``, before any result is used; a blob that is wrong is then decoded once more
+on the CPU, which says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hubdiff import numerics
+from hubdiff.encodings import ENCODINGS, Stream, packed, planes
+from hubdiff.errors import CorruptPayload
+from hubdiff.manifest import Part
+from hubdiff.nvcomp import frame_decoder
+from hubdiff.payloads import DAMAGED, blamed, decode_blob
+from hubdiff.stream import new_buffer, unit_bytes
+
+Layers = dict[str, "Tensor | None"]
+
+
+class Work(Protocol):
+    """One block's work on a device, for one thread."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def buffer(self, nbytes: int) -> memoryview:
+        """Memory to read into that ``bring`` is fast from."""
+
+    def bring(self, view: memoryview) -> Tensor:
+        """Bytes as a uint8 tensor on the device. They must stay as they are until ``settle``."""
+
+    def decode(self, part: Part, blob: memoryview, count: int, where: str) -> Tensor:
+        """One layer of one segment as bit patterns (``numerics.UNITS``) of ``count`` units. Raises
+        ``CorruptPayload``, here or in ``settle``."""
+
+    def place(self, bits: np.ndarray) -> Tensor:
+        """Bit patterns that were made on the CPU, as ``decode`` gives them."""
+
+    def send(self, result: Tensor) -> memoryview:
+        """The bytes of a uint8 tensor in memory. They are there after ``settle``."""
+
+    def settle(self) -> None:
+        """Wait until all is done. Raises ``CorruptPayload``."""
+
+
+class Engine(Protocol):
+    def block(self) -> AbstractContextManager[Work]:
+        """The work of one block in the calling thread."""
+
+
+def difference_of(part: Part, layers: Layers) -> numerics.Difference | None:
+    """Δ of a segment out of its decoded ``hi`` and ``lo``; None when nothing changes."""
+    hi, lo = layers.get("hi"), layers.get("lo")
+    if hi is None and lo is None:
+        return None
+    if hi is None:
+        assert lo is not None
+        hi = torch.full_like(lo, torch.iinfo(lo.dtype).min)
+    dtype = numerics.DTYPES[part.dtype]
+    return numerics.Difference(hi.view(dtype), None if lo is None else lo.view(dtype))
+
+
+class Cpu:
+    """Tensors lie where the bytes are."""
+
+    device = torch.device("cpu")
+
+    @contextmanager
+    def block(self) -> Iterator[Work]:
+        yield self
+
+    def buffer(self, nbytes: int) -> memoryview:
+        return new_buffer(nbytes)
+
+    def bring(self, view: memoryview) -> Tensor:
+        return torch.from_numpy(np.frombuffer(view, np.uint8))
+
+    def decode(self, part: Part, blob: memoryview, count: int, where: str) -> Tensor:
+        return self.place(decode_blob(part, blob, count, where))
+
+    def place(self, bits: np.ndarray) -> Tensor:
+        return torch.from_numpy(bits if bits.itemsize == 1 else bits.view(f"<i{bits.itemsize}"))
+
+    def send(self, result: Tensor) -> memoryview:
+        return result.numpy().data
+
+    def settle(self) -> None:
+        pass
+
+
+class Gpu:
+    """A device that bytes are copied to. Its code runs on the CPU too, which is how it is tested
+    where there is no GPU."""
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
+        self._frames = frame_decoder(self._device)
+        self._local = threading.local()
+
+    @contextmanager
+    def block(self) -> Iterator[Work]:
+        with self._stream():
+            yield _GpuWork(self._device, self._frames)
+
+    def _stream(self) -> AbstractContextManager[object]:
+        """This thread's own, current; nothing in it waits for another thread's copies."""
+        if self._device.type != "cuda":
+            return nullcontext()
+        if not hasattr(self._local, "stream"):
+            self._local.stream = torch.cuda.Stream(self._device)
+        return torch.cuda.stream(self._local.stream)
+
+
+class _GpuWork:
+    def __init__(
+        self, device: torch.device, frames: Callable[[Stream, Tensor], Tensor] | None
+    ) -> None:
+        self.device = device
+        self._frames = frames
+        self._pinned = device.type == "cuda"
+        self._doubts: list[tuple[Tensor, Callable[[], object], str]] = []
+
+    def buffer(self, nbytes: int) -> memoryview:
+        return self._host(nbytes).numpy().data
+
+    def bring(self, view: memoryview) -> Tensor:
+        # From pageable memory this is right as well, only slower: the driver copies it aside first.
+        return self._up(torch.from_numpy(np.frombuffer(view, np.uint8)))
+
+    def decode(self, part: Part, blob: memoryview, count: int, where: str) -> Tensor:
+        width = unit_bytes(part.dtype)
+        if 8 * width not in ENCODINGS[part.encoding].widths or part.encoding not in _RENDERED:
+            return self.place(decode_blob(part, blob, count, where))
+        blob_on_device = _Blob(self._load, self.device, count, width)
+        with blamed(where):
+            bits = _RENDERED[part.encoding](blob_on_device, blob)
+        if blob_on_device.wrong:
+            wrong = torch.stack(blob_on_device.wrong).any()
+            self._doubts.append((wrong, lambda: decode_blob(part, blob, count, where), where))
+        return bits
+
+    def place(self, bits: np.ndarray) -> Tensor:
+        return self._stage(bits.view(np.uint8)).view(numerics.UNITS[bits.itemsize])
+
+    def send(self, result: Tensor) -> memoryview:
+        return self._host(result.numel()).copy_(result, non_blocking=self._pinned).numpy().data
+
+    def settle(self) -> None:
+        if self._doubts:
+            found = torch.stack([wrong for wrong, _, _ in self._doubts]).tolist()
+            for wrong, (_, decode_again, where) in zip(found, self._doubts, strict=True):
+                if wrong:
+                    decode_again()
+                    raise CorruptPayload(f"{where}: can't be decoded", next_step=DAMAGED)
+        if self._pinned:
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def _host(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def _up(self, here: Tensor) -> Tensor:
+        return here.to(self.device, non_blocking=self._pinned)
+
+    def _stage(self, content: np.ndarray) -> Tensor:
+        """uint8 content of any memory, by way of a pinned buffer."""
+        here = self._host(content.size)
+        here.numpy()[:] = content
+        return self._up(here)
+
+    def _load(self, stream: Stream) -> Tensor:
+        """The bytes of a stream on the device; what is repeated or packed travels as such."""
+        if stream.repeated is not None:
+            shape, byte = (stream.raw_size,), stream.repeated
+            return torch.full(shape, byte, dtype=torch.uint8, device=self.device)
+        if stream.framed and self._frames is not None:
+            return self._frames(stream, self._stage(np.frombuffer(stream.body, np.uint8)))
+        return self._stage(stream.content())
+
+
+class _Blob:
+    """The symbols of one blob, made on the device without waiting for it: every index is kept in
+    range, and what should not have been out of range is put into ``wrong``, as flags."""
+
+    def __init__(
+        self, load: Callable[[Stream], Tensor], device: torch.device, count: int, width: int
+    ) -> None:
+        self._load, self._device, self._count, self._width = load, device, count, width
+        self.wrong: list[Tensor] = []
+
+    def from_planes(self, blob: memoryview) -> Tensor:
+        return self._joined(planes.parse(blob, self._count, self._width))
+
+    def from_packed(self, blob: memoryview) -> Tensor:
+        parsed = packed.parse(blob, self._count)
+        if isinstance(parsed, packed.Gaps):
+            return self._gaps(parsed)
+        return self._dense(parsed, self._count)
+
+    def _joined(self, streams: list[Stream]) -> Tensor:
+        columns = torch.stack([self._load(stream) for stream in streams], 1)
+        return columns.view(-1).view(numerics.UNITS[len(streams)])
+
+    def _dense(self, dense: packed.Dense, count: int) -> Tensor:
+        if isinstance(dense, packed.Constant):
+            return self._full(count, dense.symbol)
+        return self._ranks(dense) if isinstance(dense, packed.Ranks) else self._symbols(dense)
+
+    def _full(self, count: int, symbol: int) -> Tensor:
+        signed = symbol - (1 << 16) if symbol >> 15 else symbol
+        return torch.full((count,), signed, dtype=torch.int16, device=self._device)
+
+    def _symbols(self, symbols: packed.Symbols) -> Tensor:
+        rotated = self._joined([symbols.low, symbols.high])
+        return ((rotated >> 1) & 0x7FFF) | ((rotated & 1) * -0x8000)
+
+    def _ranks(self, parsed: packed.Ranks) -> Tensor:
+        ranks, symbols = self._load(parsed.ranks), self._symbols(parsed.symbols)
+        is_escape = ranks == packed.ESCAPE
+        self.wrong.append(is_escape.sum() != parsed.escapes)
+        self.wrong.append((ranks >= parsed.size).sum() != parsed.escapes)
+        table = symbols.new_zeros(256)
+        table[: parsed.size] = symbols[: parsed.size]
+        found = table.index_select(0, ranks.int())
+        if not parsed.escapes:
+            return found
+        nth = (is_escape.cumsum(0, dtype=torch.int32) - 1).clamp_(0, parsed.escapes - 1)
+        return torch.where(is_escape, symbols[parsed.size :].index_select(0, nth), found)
+
+    def _gaps(self, gaps: packed.Gaps) -> Tensor:
+        coarse = self._load(gaps.coarse)
+        is_end = coarse != packed.ESCAPE
+        ends = is_end.cumsum(0)
+        nth = (ends - 1).clamp_(0, gaps.others - 1)
+        positions = coarse.cumsum(0, dtype=torch.int64)
+        if gaps.fine is not None:
+            fine = self._load(gaps.fine).cumsum(0, dtype=torch.int64)
+            positions = (positions << 8) + fine[nth]
+        positions += ends - 1
+        self.wrong += [ends[-1] != gaps.others, ~is_end[-1], positions[-1] >= self._count]
+        # Bytes that end no gap write to one element more, which is then left out.
+        nowhere = self._count
+        positions = torch.where(is_end, positions.clamp_(0, nowhere), nowhere)
+        out = self._full(self._count + 1, gaps.common)
+        out[positions] = self._dense(gaps.values, gaps.others)[nth]
+        return out[: self._count]
+
+
+_RENDERED = {"packed": _Blob.from_packed, "planes": _Blob.from_planes}
