@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -299,12 +300,16 @@ def test_a_rebuild_that_is_not_the_tuned_file_is_refused(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No damage to the input could get this far: the arithmetic itself is made wrong."""
-    from hubdiff import numerics
+    from hubdiff import kernels
 
-    original = numerics.add
-    monkeypatch.setattr(
-        numerics, "add", lambda t, d, s, dtype: -original(t, d, s, dtype), raising=True
-    )
+    original = kernels.add
+
+    def wrong(target: np.ndarray, hi: np.ndarray, out: np.ndarray) -> bool:
+        numbers = original(target, hi, out)
+        out ^= 1
+        return bool(numbers)
+
+    monkeypatch.setattr(kernels, "add", wrong)
     with pytest.raises(IntegrityError, match="rebuilt"):
         hubdiff.load(*pair, device="cpu")
 

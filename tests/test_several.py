@@ -368,7 +368,7 @@ def test_a_damaged_delta_is_noticed_when_thresholds_are_made(made: Path) -> None
                 patched.setattr(Delta, "read", read)
 
         patched.setattr(trimming, "_measure", measured)
-        patched.setattr(merge, "workers_for", lambda *, remote: 1)
+        patched.setattr(merge, "workers_for", lambda **_: 1)
         with pytest.raises((IntegrityError, CorruptPayload)):
             hubdiff.apply(both(made), made / "target", output=made / "out", method="ties")
     assert seen
