@@ -146,7 +146,7 @@ def test_the_bytes_depend_on_nothing_but_the_inputs(
 ) -> None:
     found = []
     for workers, segment, block in ((1, 512, 4096), (5, 512, 1024), (5, 512, 1024)):
-        monkeypatch.setattr(merge, "workers_for", lambda *, remote, n=workers: n)
+        monkeypatch.setattr(merge, "workers_for", lambda *, remote, gpu=False, n=workers: n)
         with segments_of(segment, block):
             for name in "ab":
                 hubdiff.push_delta(
