@@ -148,7 +148,7 @@ def test_a_card_names_a_repo_and_never_a_folder(
             hubdiff.push_delta(tuned, tmp_path / "delta")
     tuned = tuned_with_base(tmp_path, "org/base")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("hubdiff.jobs.push.open_tree", only_opens(tuned))
+    monkeypatch.setattr("hubdiff.jobs.together.open_tree", only_opens(tuned))
     with pytest.raises(AssertionError, match="org/base@None"):
         hubdiff.push_delta(tuned, tmp_path / "delta")
 

@@ -466,6 +466,7 @@ def test_only_torchrun_makes_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_rank_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPUs are not here: what is tested is which of them is asked for."""
+    monkeypatch.setattr(apply_job, "_cuda_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     chosen = [str(apply_job.choose_device("auto", _rank(k, 8))) for k in range(8)]

@@ -77,7 +77,7 @@ def test_real_fine_tunes_come_back_bit_by_bit(
     models: Folders, tmp_path: Path, tune: str, kind: str, record_property: pytest.RecordProperty
 ) -> None:
     base, tuned = models[BASE + kind], models[tune + kind]
-    pushed = hubdiff.push_delta(tuned, tmp_path / "delta", base=base)
+    pushed = hubdiff.push_delta(tuned, tmp_path / "delta", base=base, force=True)
     applied = hubdiff.apply(tmp_path / "delta", base, output=tmp_path / "out")
     assert applied.plan["case"] == "own base"
     result = hashes(tmp_path / "out")
@@ -103,7 +103,9 @@ def test_real_fine_tunes_come_back_bit_by_bit(
 def test_one_real_delta_on_the_other_tune(models: Folders, tmp_path: Path, kind: str) -> None:
     """``bert_ft`` has no prefix, ``bert_ft_10k_25s`` has ``bert.`` and a classifier."""
     base, tuned, target = (load_file(models[n + kind] / "model.safetensors") for n in _NAMES)
-    hubdiff.push_delta(models[TUNED + kind], tmp_path / "delta", base=models[BASE + kind])
+    hubdiff.push_delta(
+        models[TUNED + kind], tmp_path / "delta", base=models[BASE + kind], force=True
+    )
     applied = hubdiff.apply(tmp_path / "delta", models[CLASSES + kind], output=tmp_path / "out")
     assert applied.plan["case"] == "transfer"
     result = load_file(tmp_path / "out" / "model.safetensors")
@@ -137,7 +139,7 @@ _NAMES = (BASE, TUNED, CLASSES)
 
 def test_the_real_tune_leaves_most_words_alone(models: Folders, tmp_path: Path) -> None:
     """76.3 % of the word embedding of ``bert_ft_10k_25s`` is as in its base."""
-    hubdiff.push_delta(models[CLASSES], tmp_path / "delta", base=models[BASE])
+    hubdiff.push_delta(models[CLASSES], tmp_path / "delta", base=models[BASE], force=True)
     with hubdiff.open_delta(tmp_path / "delta") as delta:
         record = next(r for r in delta.manifest.tensors if r.name.endswith(WORDS))
         step = delta.get_tensor(record.name)
