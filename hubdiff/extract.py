@@ -38,7 +38,7 @@ from hubdiff.stream import (
 )
 from hubdiff.writer import disk_errors
 
-# Units of each span that tell how far the tuned model itself can be compressed.
+# Units of each tensor that tell how far the tuned model itself can be compressed.
 _SAMPLE = 1 << 15
 _PENDING = "0" * 64  # a hash that is known only when the payload is whole
 
@@ -242,7 +242,8 @@ class _Worker:
     def _encode(self, piece: _Piece, pair: TensorPair, master: memoryview | None) -> None:
         dtype = pair.tuned.entry.dtype
         tuned = np.frombuffer(piece.tuned, unit_dtype(dtype))
-        piece.compressed = _compressed(tuned)
+        if piece.span.first == 0:
+            piece.compressed = _compressed(tuned, pair.tuned.entry.nbytes)
         if piece.base is None or pair.base is None:
             for segment, part in piece.span.segments():
                 piece.blobs.append(("delta", segment, (self._raw(tuned[part]),)))
@@ -428,13 +429,13 @@ def needs_torch(pair: TensorPair) -> bool:
 PartsOf = Callable[[TensorPair], dict[str, Part]]
 
 
-def _compressed(bits: np.ndarray) -> int:
-    """About how many bytes a span of weights compresses to, by the units at its start."""
-    sample = bits[:_SAMPLE]
+def _compressed(start: np.ndarray, nbytes: int) -> int:
+    """About how many bytes a tensor of ``nbytes`` compresses to, by the units at its start."""
+    sample = start[:_SAMPLE]
     if not len(sample):
         return 0
-    blob = ENCODINGS["packed" if bits.itemsize == 2 else "planes"].encode(sample)
-    return len(blob) * len(bits) // len(sample)
+    blob = ENCODINGS["packed" if sample.itemsize == 2 else "planes"].encode(sample)
+    return len(blob) * nbytes // sample.nbytes
 
 
 def _master_part(pair: TensorPair, data: memoryview | None, part: slice) -> Floats | None:

@@ -25,7 +25,7 @@ from hubdiff.hashing import Lane, StreamHash, tensor_hash
 from hubdiff.manifest import FileRecord, Part
 from hubdiff.safetensors_io import build_header
 from hubdiff.stream import unit_bytes
-from hubdiff.writer import disk_errors, write_all
+from hubdiff.writer import begin_writeback, disk_errors, write_all
 
 # What the Hub and its clients handle well in one file.
 SHARD_BYTES = 4 << 30
@@ -136,14 +136,15 @@ class LayerWriter:
         digest, size = StreamHash(len(header) + body), len(header)
         digest.update(0, header)
         path = self._folder / name
-        with disk_errors(path), path.open("wb") as file, Lane() as lane:
-            file.write(header)
+        with disk_errors(path), path.open("wb", buffering=0) as file, Lane() as lane:
+            write_all(file.fileno(), header, 0)
             for piece in self._pieces(shard[0].begin, shard[0].begin + body):
                 lane.catch_up()
                 lane.feed(digest, size, piece)
-                size += file.write(piece)
+                write_all(file.fileno(), piece, size)
+                begin_writeback(file.fileno(), size, len(piece))
+                size += len(piece)
             lane.catch_up()
-            file.flush()
             # A folder that is published holds nothing that a power cut could still take.
             os.fsync(file.fileno())
         return FileRecord(name, size, digest.digest() or "")

@@ -89,8 +89,8 @@ def _encode_dense(bits: np.ndarray) -> bytes:
     if (bits == bits[0]).all():
         return _encode_constant(bits)
     # Whether a rare symbol stands in the table hardly matters, and counting all costs as much as
-    # coding them: a sample of an eighth chooses (its odd stride as in `_commonest`).
-    sample = bits[:: (bits.size >> 17) | 1]
+    # coding them: a sample of a thirtieth chooses (its odd stride as in `_commonest`).
+    sample = bits[:: (bits.size >> 15) | 1]
     counts = np.bincount(sample, minlength=1 << 16)
     symbols = np.flatnonzero(counts)
     table = symbols[np.argsort(-counts[symbols], kind="stable")[:_ESCAPE]].astype(np.uint16)

@@ -25,7 +25,7 @@ from hubdiff.writer.hub import HubShare, HubSink
 from hubdiff.writer.lock import only_run
 from hubdiff.writer.memory import Memory, TensorFile
 from hubdiff.writer.nowhere import Nowhere
-from hubdiff.writer.output import OutputFile, disk_errors, write_all
+from hubdiff.writer.output import OutputFile, begin_writeback, disk_errors, write_all
 from hubdiff.writer.place import output_folder, refuse_place
 from hubdiff.writer.sink import DELTA, RESULT, Kind, Published, Sink
 
@@ -43,6 +43,7 @@ __all__ = [
     "Published",
     "Sink",
     "TensorFile",
+    "begin_writeback",
     "disk_errors",
     "open_sink",
     "output_folder",
