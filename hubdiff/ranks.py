@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 # For all ranks to come (imports from a cold network disk take minutes), and for one exchange.
 EXCHANGE_SECONDS = 300.0
-LOST_SECONDS = 60.0  # silence after which a rank counts as lost
+LOST_SECONDS = 30.0  # silence after which a rank counts as lost
 BEAT_SECONDS, MEETING_SECONDS = 1.0, 0.02  # between two signs of life; while others are waited for
 LAST_WORDS_SECONDS = 3.0  # for the others to hear of a failure before torchrun stops them
 
@@ -388,7 +388,13 @@ class _Watch:
             self._beat(_LEFT)
             if self._rank == 0 or (self.failure or {}).get("rank") == self._rank:
                 until = time.monotonic() + LAST_WORDS_SECONDS
-                while time.monotonic() < until and not all(map(self._has_left, self._others)):
+                # One that is silent since then is not there to hear anything.
+                there = [
+                    o
+                    for o, (_, when) in self._heard.items()
+                    if until - when < 2 * LAST_WORDS_SECONDS
+                ]
+                while time.monotonic() < until and not all(map(self._has_left, there)):
                     time.sleep(MEETING_SECONDS)
 
 
