@@ -29,11 +29,9 @@ from harness import (
     Row,
     arguments,
     goals_table,
-    machine,
     main,
     order0_bytes,
     origin,
-    peers,
     spread,
     table,
 )
@@ -152,8 +150,7 @@ def measure_peers(tensors: dict[str, np.ndarray], others: Peers, runs: int) -> R
     return found
 
 
-def measure(options: argparse.Namespace) -> Row:
-    others = peers(options.peers)
+def measure(options: argparse.Namespace, others: Peers) -> Row:
     given = inputs(options.elements)
     rows = [measure_encoding(*one, options.runs) for one in given]
     tensors = {label(name): bits for name, (_, _, bits) in zip(STEPS.values(), given, strict=False)}
@@ -175,7 +172,6 @@ def measure(options: argparse.Namespace) -> Row:
     order = [what for what, _, _ in given]
     rows.sort(key=lambda row: order.index(row["input"]))
     return {
-        "machine": machine(others),
         "elements": options.elements,
         "rows": rows,
         "failed": failed,

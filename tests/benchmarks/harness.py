@@ -1,8 +1,8 @@
 """What the benchmarks share: processes that are measured, the peers' environment, one report.
 
-A benchmark is a script with ``measure(options) → document`` and ``render(document) → text``. The
-document is JSON and holds every single run; the text is Markdown, made from the document alone. So
-what is printed, what ``--json FILE`` keeps and what ``--readme README.md`` puts between
+A benchmark is a script with ``measure(options, peers) → document`` and ``render(document) → text``.
+The document is JSON and holds every single run; the text is Markdown, made from the document alone.
+So what is printed, what ``--json FILE`` keeps and what ``--readme README.md`` puts between
 ``<!-- bench:NAME:begin -->`` and ``<!-- bench:NAME:end -->`` can't differ, and ``--from FILE``
 renders a kept document again without measuring.
 
@@ -142,7 +142,7 @@ def _installed(python: Path, name: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def machine(others: Peers | None = None) -> Row:
+def machine(others: Peers) -> Row:
     """Where the figures come from."""
     ours = ("hubdiff", "torch", "numpy", "zstandard", "safetensors", "huggingface_hub")
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
@@ -155,7 +155,7 @@ def machine(others: Peers | None = None) -> Row:
         "python": platform.python_version(),
         "commit": described.stdout.strip() or None,
         "versions": {name: version(name) for name in ours},
-        "peers": others.versions if others else {},
+        "peers": others.versions,
     }
 
 
@@ -278,7 +278,7 @@ def arguments(doc: str | None, *, runs: int = 5) -> argparse.ArgumentParser:
 def main(
     name: str,
     options: argparse.Namespace,
-    measure: Callable[[argparse.Namespace], Row],
+    measure: Callable[[argparse.Namespace, Peers], Row],
     render: Callable[[Row], str],
 ) -> None:
     """Measure, or read what was measured; print, keep and publish it."""
@@ -287,8 +287,10 @@ def main(
     else:
         options.folder.mkdir(parents=True, exist_ok=True)
         options.folder, options.peers = options.folder.resolve(), options.peers.resolve()
+        others = peers(options.peers)
         document = {"benchmark": name, "at": time.strftime("%F"), "runs": options.runs}
-        document |= measure(options)
+        document |= {"machine": machine(others)}
+        document |= measure(options, others)
     text = render(document)
     print(f"\n{text}")
     if options.json:

@@ -35,10 +35,8 @@ from harness import (
     Row,
     arguments,
     goals_table,
-    machine,
     main,
     origin,
-    peers,
     process,
     table,
 )
@@ -119,8 +117,7 @@ def push_to(hub: DevHub, folder: Path, number: int) -> Row:
     }
 
 
-def measure(options: argparse.Namespace) -> Row:
-    others = peers(options.peers)
+def measure(options: argparse.Namespace, others: Peers) -> Row:
     folder = options.folder / "network"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -141,7 +138,6 @@ def measure(options: argparse.Namespace) -> Row:
             print(f"round {number + 1} of {options.runs}", flush=True)
     shutil.rmtree(folder)
     return {
-        "machine": machine(others),
         "layers": options.layers,
         "model_bytes": size,
         "rows": rows,

@@ -32,10 +32,8 @@ from harness import (
     Peers,
     Row,
     arguments,
-    machine,
     main,
     origin,
-    peers,
     process,
     spread,
     table,
@@ -201,8 +199,8 @@ def peer_rows(base: Path, models: Path, folder: Path, others: Peers) -> dict[str
     return rows
 
 
-def measure(options: argparse.Namespace) -> Row:
-    others, root = peers(options.peers), options.folder / "real_llm"
+def measure(options: argparse.Namespace, others: Peers) -> Row:
+    root = options.folder / "real_llm"
     root.mkdir(exist_ok=True)
     torch.set_num_threads(2)
     base = made(root / "base", make_base)
@@ -226,7 +224,6 @@ def measure(options: argparse.Namespace) -> Row:
         for same in zip(*rounds, strict=True)
     ]
     return {
-        "machine": machine(others),
         "training": json.loads((models / "training.json").read_text()),
         "deltas": deltas,
         "peers": found,

@@ -37,11 +37,9 @@ from harness import (
     Row,
     arguments,
     goals_table,
-    machine,
     main,
     order0_bytes,
     origin,
-    peers,
     process,
     spread,
     table,
@@ -173,8 +171,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def measure(options: argparse.Namespace) -> Row:
-    others = peers(options.peers)
+def measure(options: argparse.Namespace, others: Peers) -> Row:
     logging.disable_progress_bar()
     folder = options.folder / "sizes"
     folder.mkdir(exist_ok=True)
@@ -195,7 +192,7 @@ def measure(options: argparse.Namespace) -> Row:
             ratio = row["hubdiff"]["layers"] / row["entropy"]
             print(f"{name}: {ratio:.3f} × entropy", flush=True)
             shutil.rmtree(place)
-    return {"machine": machine(others), "steps": options.steps, "rows": rows}
+    return {"steps": options.steps, "rows": rows}
 
 
 def render(document: Row) -> str:

@@ -26,10 +26,8 @@ from harness import (
     Row,
     arguments,
     goals_table,
-    machine,
     main,
     origin,
-    peers,
     process,
     spread,
     table,
@@ -62,8 +60,7 @@ def seconds(command: list[str], env: Mapping[str, str]) -> float:
     return time.perf_counter() - began
 
 
-def measure(options: argparse.Namespace) -> Row:
-    others = peers(options.peers)
+def measure(options: argparse.Namespace, others: Peers) -> Row:
     folder = options.folder / "startup"
     shutil.rmtree(folder, ignore_errors=True)
     for kind in KINDS[:2]:
@@ -79,7 +76,7 @@ def measure(options: argparse.Namespace) -> Row:
         ]
     shutil.rmtree(folder)
     times = {name: [one[name] for one in rounds[1:]] for name in contenders}
-    return {"machine": machine(others), "seconds": times, "failed": others.missing}
+    return {"seconds": times, "failed": others.missing}
 
 
 def render(document: Row) -> str:
