@@ -6,6 +6,7 @@ The code of the GPU also runs with tensors on the CPU; so these tests hold it wh
 from __future__ import annotations
 
 import struct
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -361,6 +362,15 @@ def test_what_stays_on_the_device_is_what_would_have_been_written(tmp_path, monk
     state = hubdiff.load(tmp_path / "delta", base).state_dict()
     expected = models.moved(models.weights())
     assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it would measure, for minutes")
+def test_the_benchmark_checks_itself(tmp_path):
+    script = Path(__file__).parent / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(script), "--folder", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "no CUDA device" in done.stdout
+    assert "the right bits" in done.stdout
 
 
 # --- nvCOMP: its package needs a GPU to do anything ---
