@@ -27,7 +27,6 @@ from hubdiff.errors import CorruptPayload
 _CONSTANT, _DIRECT, _RANKS, _GAPS, _WIDE_GAPS = range(5)
 
 ESCAPE = 255  # in ranks: the symbol is in the list; in gaps: 255 further, and go on
-_ESCAPE = ESCAPE
 
 # Measured on differences of bf16 models: with more escapes than this `direct` is smaller, and with
 # fewer others than this (one per 370: half of all gap bytes would be escapes) `wide gaps` is.
@@ -93,7 +92,7 @@ def _encode_dense(bits: np.ndarray) -> bytes:
     sample = bits[:: (bits.size >> 15) | 1]
     counts = np.bincount(sample, minlength=1 << 16)
     symbols = np.flatnonzero(counts)
-    table = symbols[np.argsort(-counts[symbols], kind="stable")[:_ESCAPE]].astype(np.uint16)
+    table = symbols[np.argsort(-counts[symbols], kind="stable")[:ESCAPE]].astype(np.uint16)
     if bits.size <= _SMALL:
         return min(_encode_ranks(bits, table), _encode_direct(bits), key=len)
     escapes = sample.size - int(counts[table].sum())
@@ -113,11 +112,11 @@ def _encode_direct(bits: np.ndarray) -> bytes:
 def _encode_ranks(bits: np.ndarray, table: np.ndarray) -> bytes:
     from hubdiff import kernels  # compiled code: not for those who only look at a manifest
 
-    rank_of = np.full(1 << 16, _ESCAPE, np.uint8)
+    rank_of = np.full(1 << 16, ESCAPE, np.uint8)
     rank_of[table] = np.arange(table.size, dtype=np.uint8)
     ranks = np.empty(bits.size, np.uint8)
     kernels.to_ranks(bits, rank_of, ranks)
-    escaped = bits[_where(ranks == _ESCAPE)]
+    escaped = bits[_where(ranks == ESCAPE)]
     listed = np.concatenate([table, escaped])
     return bytes([_RANKS, table.size]) + write_stream(ranks) + _write_symbols(listed)
 
@@ -140,10 +139,10 @@ def _with_escapes(gaps: np.ndarray) -> np.ndarray:
     Distances between independent changes are geometric, and those have no memory: what is left
     after an escape is distributed as before it. So nothing is lost by coding byte by byte.
     """
-    escapes = gaps // _ESCAPE
+    escapes = gaps // ESCAPE
     last = np.cumsum(escapes + 1) - 1
-    coded = np.full(int(last[-1]) + 1, _ESCAPE, np.uint8)
-    coded[last] = gaps - escapes * _ESCAPE
+    coded = np.full(int(last[-1]) + 1, ESCAPE, np.uint8)
+    coded[last] = gaps - escapes * ESCAPE
     return coded
 
 

@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from hubdiff.truncate import Truncation
 
 DELTA_INDEX = "delta.safetensors.index.json"
-# From this share of the compressed model on a delta is published only with ``force``; one below a
-# megabyte is not worth a question.
+# From this share of the compressed model on a delta is published only with ``force``. One of a few
+# megabytes is a toy's, and costs nobody anything.
 WORTH = 0.9
-_NOT_ASKED = 1 << 20
+_NOT_ASKED = 16 << 20
 BASE_CONFIGS = ("config.json", "generation_config.json")
 
 
