@@ -291,11 +291,11 @@ def main(
         document = {"benchmark": name, "at": time.strftime("%F"), "runs": options.runs}
         document |= {"machine": machine(others)}
         document |= measure(options, others)
-    text = render(document)
-    print(f"\n{text}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    text = render(document)
+    print(f"\n{text}")
     if options.readme:
         page = options.readme.read_text(encoding="utf-8")
         options.readme.write_text(with_block(page, name, text), encoding="utf-8")
