@@ -30,6 +30,8 @@ from typing import Any
 
 import numpy as np
 
+import hubdiff
+
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs"
 PEERS = {
@@ -145,7 +147,8 @@ def _installed(python: Path, name: str) -> str | None:
 def machine(others: Peers) -> Row:
     """Where the figures come from."""
     ours = ("hubdiff", "torch", "numpy", "zstandard", "safetensors", "huggingface_hub")
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    package = Path(hubdiff.__file__).parent  # what is measured need not lie beside this script
+    git = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=10"]
     described = subprocess.run(git, capture_output=True, text=True, check=False)
     return {
         "cpu": _proc("cpuinfo", r"model name\s*:\s*(.+)") or platform.processor(),
