@@ -30,6 +30,8 @@ from typing import Any
 
 import numpy as np
 
+import hubdiff
+
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs"
 PEERS = {
@@ -145,7 +147,8 @@ def _installed(python: Path, name: str) -> str | None:
 def machine(others: Peers) -> Row:
     """Where the figures come from."""
     ours = ("hubdiff", "torch", "numpy", "zstandard", "safetensors", "huggingface_hub")
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    package = Path(hubdiff.__file__).parent  # what is measured need not lie beside this script
+    git = ["git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=10"]
     described = subprocess.run(git, capture_output=True, text=True, check=False)
     return {
         "cpu": _proc("cpuinfo", r"model name\s*:\s*(.+)") or platform.processor(),
@@ -291,11 +294,11 @@ def main(
         document = {"benchmark": name, "at": time.strftime("%F"), "runs": options.runs}
         document |= {"machine": machine(others)}
         document |= measure(options, others)
-    text = render(document)
-    print(f"\n{text}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    text = render(document)
+    print(f"\n{text}")
     if options.readme:
         page = options.readme.read_text(encoding="utf-8")
         options.readme.write_text(with_block(page, name, text), encoding="utf-8")

@@ -152,17 +152,8 @@ def render(document: Row) -> str:
         f"{size / 1e9:.2f} GB a model. {PUSH_TO}: only {PART} changed, one of the target's "
         f"{document['layers'] + 2} shards."
     )
-    head = [
-        "GB",
-        "target",
-        "tuned",
-        "base",
-        "delta",
-        "read",
-        "of 3 models",
-        "sent",
-        "copied by Hub",
-    ]
+    repos = ("target", "tuned", "base", "delta")
+    head = ["GB", *repos, "read", "of 3 models", "sent", "copied by Hub", "peak MB"]
     rows = [_cells(job, runs, size) for job, runs in document["rows"].items() if runs]
     failed = [f"{job} did not run: {reason}." for job, reason in document["failed"].items()]
     return "\n\n".join(
