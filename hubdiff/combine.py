@@ -132,7 +132,9 @@ def _thinned(
         patterns = numerics.bits(delta.hi)
         magnitude = patterns & torch.iinfo(patterns.dtype).max
         return methods.trimmed(whole, magnitude, trim.threshold, int(trim.ties[segment]))
-    record = term.record
-    identity = f"{record.name}\0{record.base}\0{record.tuned}"
+    record, part = term.record, term.ranked
+    assert part is not None
+    # A product of factors has no tuned tensor: its payload tells it from another's.
+    identity = f"{record.name}\0{record.base}\0{record.tuned or part.blake3}"
     kept = methods.drawn(identity, method.seed, segment, len(whole), method.density)
     return methods.dropped(whole, kept.to(whole.device), method.density)

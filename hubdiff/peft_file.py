@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hubdiff.adapter import CONFIG, WEIGHTS
+from hubdiff.adapter import WEIGHTS
 from hubdiff.checkpoint import Checkpoint
 from hubdiff.delta import Delta
 from hubdiff.errors import BadManifest, WrongBase
@@ -131,7 +131,13 @@ class _FactorReader:
         if self._last is None or self._last[0] != record.name:
             entry = part.placed.entry
             where = Range(part.placed.file, entry.begin, entry.end)
-            self._last = (record.name, read_ranges(self._delta.layer("delta"), [where])[where])
+            payload = read_ranges(self._delta.layer("delta"), [where])[where]
+            digest = tensor_hash()
+            digest.update(payload)
+            what = f"{self._delta.tree.pin}, delta layer of {record.name}"
+            check_hash(digest.hexdigest(), part.part.blake3, what)
+            part.part.low_rank.product(record.shape).require_numbers(payload)
+            self._last = (record.name, payload)
         left, right = part.part.low_rank.product(record.shape).factors(self._last[1])
         factor = left if role == "left" else right
         return (factor.T if transposed else factor).tobytes()
@@ -328,4 +334,4 @@ def _bad(delta: Delta, what: str) -> BadManifest:
     )
 
 
-__all__ = ["CONFIG", "WEIGHTS", "LeftOut", "Lora", "needs_base", "write_again"]
+__all__ = ["WEIGHTS", "LeftOut", "Lora", "needs_base", "write_again"]

@@ -25,6 +25,11 @@ MOST_EXPANDED = 1000
 _RANGE = re.compile(r"(-?\d{1,9})\.\.(-?\d{1,9})(?:\.\.(-?\d{1,9}))?")
 
 
+def is_number(value: object) -> bool:
+    """Whether a caller gave a number, as types would have it."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class Scales:
     """``pairs`` of (glob, scale), in order. No pairs: 1 for all."""
@@ -37,9 +42,9 @@ class Scales:
         float32 can't hold, or for braces that mean too much."""
         pairs = given.items() if isinstance(given, Mapping) else [(ALL, given)]
         for glob, scale in pairs:
-            if not abs(scale) <= LARGEST_FLOAT32:
+            if not is_number(scale) or not abs(scale) <= LARGEST_FLOAT32:
                 raise CannotApply(
-                    f"the scale {scale} is not a float32 number",
+                    f"the scale {scale!r} is not a float32 number",
                     next_step="Give a finite --scale.",
                 )
             _expanded(glob)

@@ -177,6 +177,26 @@ def test_an_element_that_the_factors_leave_alone_keeps_its_bits(tmp_path: Path) 
     assert not torch.equal(result[1], base[name][1])
 
 
+def test_dare_draws_for_each_adapter_anew(simple: Adapted, tmp_path: Path) -> None:
+    """Two adapters of one base have no tuned tensor to tell them apart by, but their factors."""
+    other = tmp_path / "other"
+    shutil.copytree(simple.adapter, other)
+    factors = load_file(other / "adapter_model.safetensors")
+    doubled = {name: 2 * tensor for name, tensor in factors.items()}
+    save_file(doubled, other / "adapter_model.safetensors", metadata={"format": "pt"})
+    hubdiff.push_delta(other, tmp_path / "other-delta", base=simple.base)
+    before = load_file(simple.base / "model.safetensors")
+    kept = []
+    for number, delta in enumerate((simple.adapter.parent / "delta", tmp_path / "other-delta")):
+        result = tmp_path / str(number)
+        hubdiff.apply(delta, simple.base, output=result, method="dare", density=0.3)
+        after = load_file(result / "model.safetensors")
+        (name, *_) = [name for name in before if name.endswith("q_proj.weight")]
+        kept.append(before[name] != after[name])
+    assert 0.2 < kept[0].float().mean() < 0.4
+    assert (kept[0] == kept[1]).float().mean() < 0.8
+
+
 def test_a_tensor_of_many_blocks_reads_its_factors_once(
     simple: Adapted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,11 +111,18 @@ def test_an_architecture_that_is_no_model_is_refused(tmp_path: Path, architectur
         hubdiff.load(delta, base)
 
 
-@pytest.mark.parametrize("changes", [{"model_type": None}, {"hidden_size": "wide"}])
+@pytest.mark.parametrize(
+    "changes", [{"model_type": None}, {"hidden_size": "wide"}, {"num_attention_heads": 0}]
+)
 def test_a_config_of_nonsense_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     delta, base = make_pair(tmp_path, **changes)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         hubdiff.load(delta, base)
+
+
+def test_no_config_of_the_callers_is_the_results(pair: tuple[Path, Path]) -> None:
+    """None is the default of from_pretrained itself: it asks nobody on the network."""
+    assert same_bits(hubdiff.load(*pair, config=None), hubdiff.load(*pair))
 
 
 def test_no_config_is_refused(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from hubdiff import merge, trimming
 from hubdiff.delta import Delta
 from hubdiff.devhub import DevHub
 from hubdiff.errors import CannotApply, CorruptPayload, IntegrityError, NotPortable, RefError
+from hubdiff.plan import Method
 from hubdiff.writer import FolderSink
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -115,6 +116,10 @@ def test_one_delta_stays_as_it_was(made: Path) -> None:
     assert own.plan["case"] == "own base"
     weighted = plan(made, [(delta, 0.5)])
     assert weighted["reason"].endswith("the weight is 0.5")
+
+
+def test_the_settings_are_said_as_they_are():
+    assert str(Method("dare", 0.1234567, 12345678)) == "dare, density 0.1234567, seed 12345678"
 
 
 def test_dare_takes_one_delta_too(made: Path) -> None:
@@ -329,6 +334,11 @@ def test_what_can_not_be_added_is_refused_among_several(made: Path) -> None:
         ("product", {"scale": 1e30}, "float32"),
         ("none", {}, "no delta was given"),
         ("number", {}, "neither a ref nor a pair"),
+        ("text", {}, "neither a ref nor a pair"),
+        ("both", {"scale": {"*": "a"}}, "float32"),
+        ("both", {"method": "ties", "density": "a"}, "not a share"),
+        ("both", {"method": "dare", "density": 0.5, "seed": -1}, "whole number"),
+        ("both", {"method": "dare", "density": 0.5, "seed": 0.5}, "whole number"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -337,7 +347,7 @@ def test_what_makes_no_sense_is_refused(
     a = made / "a-delta"
     given = {
         "both": both(made), "one": [(a, 0.5)], "huge": [(a, 1e39)], "product": [(a, 1e30)],
-        "none": [], "number": (a, 0.5),
+        "none": [], "number": (a, 0.5), "text": [(a, "x")],
     }[deltas]  # fmt: skip
     with pytest.raises((CannotApply, RefError), match=about) as caught:
         hubdiff.apply(given, made / "target", output=made / "out", **options)

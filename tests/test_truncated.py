@@ -16,7 +16,7 @@ from peft_models import gpt2, llama, load, logits
 from safetensors.torch import load_file, save_file
 
 import hubdiff
-from hubdiff.errors import CannotDiff, CannotExport, WrongBase
+from hubdiff.errors import CannotDiff, CannotExport, IntegrityError, WrongBase
 from hubdiff.jobs.push import Pushed
 from hubdiff.manifest import Manifest
 from hubdiff.truncate import Truncation, truncate
@@ -271,6 +271,44 @@ def test_a_base_that_nobody_knows_cant_be_exported_for(tmp_path: Path) -> None:
     (base / "config.json").write_text('{"architectures": ["SecretModel"], "model_type": "llama"}')
     push(tmp_path / "delta", base, tuned, rank=3)
     with pytest.raises(CannotExport, match="SecretModel"):
+        hubdiff.export(tmp_path / "delta", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 0},
+        {"hidden_act": "zzz"},
+        {"vocab_size": -1},
+        {"pad_token_id": 10**6},
+    ],
+    ids=str,
+)
+def test_a_base_whose_config_makes_no_sense_cant_be_exported_for(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    base, tuned = pair(tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | changes))
+    push(tmp_path / "delta", base, tuned, rank=3)
+    with pytest.raises(CannotExport):
+        hubdiff.export(tmp_path / "delta", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("flip", [0x40, 0x01], ids=["exponent", "mantissa"])
+def test_a_damaged_factor_is_not_exported(tmp_path: Path, flip: int) -> None:
+    base, tuned = pair(tmp_path)
+    push(tmp_path / "delta", base, tuned, rank=3)
+    layer = next((tmp_path / "delta").glob("delta-*.safetensors"))
+    data = bytearray(layer.read_bytes())
+    placed = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    name = "model.layers.0.mlp.up_proj.weight"
+    start = 8 + int.from_bytes(data[:8], "little") + placed[name]["data_offsets"][0]
+    data[start + 1] ^= flip
+    layer.write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"up_proj"):
         hubdiff.export(tmp_path / "delta", tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 

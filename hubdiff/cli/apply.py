@@ -190,7 +190,7 @@ def _inputs(plan: dict[str, Any]) -> list[tuple[str, str | None]]:
     ]
     method = plan["method"]
     if method:
-        said = [f"{key} {value:g}" for key, value in method.items() if key != "name"]
+        said = [f"{key} {value}" for key, value in method.items() if key != "name"]
         fields.append(("method", ", ".join([method["name"], *said])))
     if isinstance(plan["scale"], dict):
         fields += [("scale", f"{scale:g} for {glob}") for glob, scale in plan["scale"].items()]

@@ -83,6 +83,11 @@ class Product:
                 yield slice(row, row + 1), slice(column, end)
                 first += end - column
 
+    def require_numbers(self, payload: bytes | memoryview) -> None:
+        """Raise ``CorruptPayload`` for a factor that holds Inf or NaN."""
+        for factor in self.factors(payload):
+            _wide(factor, self.dtype)
+
     def _multiply(self, left: np.ndarray, right: np.ndarray, out: np.ndarray) -> None:
         import torch
 

@@ -38,7 +38,7 @@ from hubdiff.plan import (
 from hubdiff.progress import Progress, Silent
 from hubdiff.ranks import ALONE, Ranks
 from hubdiff.refs import ModelRef, parse_weighted
-from hubdiff.scales import Scales
+from hubdiff.scales import Scales, is_number
 from hubdiff.writer import RESULT, Sink, open_sink, output_folder
 
 R = TypeVar("R")
@@ -176,9 +176,13 @@ def method_of(name: str, density: float | None, seed: int | None) -> Method:
         )
     if density is None:
         density = TIES_DENSITY if name == "ties" else 1.0
-    if not 0 < density <= 1:
+    if not is_number(density) or not 0 < density <= 1:
         raise CannotApply(
-            f"the density {density} is not a share", next_step="Give --density D, 0 < D <= 1."
+            f"the density {density!r} is not a share", next_step="Give --density D, 0 < D <= 1."
+        )
+    if seed is not None and (not is_number(seed) or seed != int(seed) or seed < 0):
+        raise CannotApply(
+            f"the seed {seed!r} is no whole number from 0", next_step="Give --seed N, 0 <= N."
         )
     return Method(name, density, seed or 0)
 
@@ -228,7 +232,7 @@ def weighted_refs(delta: str | Path | Sequence[DeltaRef]) -> list[tuple[ModelRef
     for item in delta:
         if isinstance(item, str | Path):
             found.append(parse_weighted(item))
-        elif isinstance(item, tuple) and len(item) == 2:
+        elif isinstance(item, tuple) and len(item) == 2 and is_number(item[1]):
             found.append((ModelRef.parse(item[0]), float(item[1])))
         else:
             raise RefError(

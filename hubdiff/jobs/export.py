@@ -156,7 +156,7 @@ def _empty_model(delta: Delta) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig
 
-    from hubdiff.jobs.load import model_class
+    from hubdiff.jobs.load import model_class, usable_config
 
     path = "base/config.json"
     try:
@@ -164,7 +164,7 @@ def _empty_model(delta: Delta) -> PreTrainedModel:
         with tempfile.TemporaryDirectory(prefix="hubdiff-") as folder:
             Path(folder, "config.json").write_bytes(delta.tree.read_bytes(path))
             kind = model_class(Path(folder))
-            with torch.device("meta"):
+            with usable_config(), torch.device("meta"):
                 model: PreTrainedModel = kind(
                     AutoConfig.from_pretrained(folder, trust_remote_code=False)
                 )

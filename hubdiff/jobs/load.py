@@ -152,7 +152,9 @@ class _Loader:
     def _model(
         self, model_class: Any, folder: Path, tensors: dict[str, torch.Tensor]
     ) -> PreTrainedModel:
-        wanted = {"config": folder, **self._wanted, "trust_remote_code": False}
+        wanted = {**self._wanted, "trust_remote_code": False}
+        if wanted.get("config") is None:
+            wanted["config"] = folder
         if wanted.get("generation_config") is None and model_class.can_generate():
             wanted["generation_config"] = _generation_config(folder)
         with _no_reserve():
@@ -259,18 +261,27 @@ def model_class(folder: Path) -> Any:
 def _architectures(folder: Path) -> list[str]:
     from transformers import AutoConfig
 
-    from hubdiff.hub import BadConfigValue
-
-    # What transformers raises for values it can't use depends on the model type.
-    unusable = (ValueError, OSError, TypeError, AttributeError, LookupError, ImportError)
-    try:
+    with usable_config():
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (*unusable, BadConfigValue) as error:
-        raise _unusable(f"can't be used by this transformers: {error}") from error
     named = config.architectures or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise _unusable(f"has {named!r} for architectures, not a list of names")
     return named
+
+
+@contextmanager
+def usable_config() -> Iterator[None]:
+    """Say in words what transformers raises for values of a config that it can't use, which
+    depends on the model type: ``CheckpointError``."""
+    from hubdiff.hub import BadConfigValue
+
+    unusable = (ValueError, OSError, TypeError, AttributeError, LookupError, ImportError)
+    numbers = (ArithmeticError, AssertionError, RuntimeError)
+    try:
+        yield
+    except (*unusable, *numbers, BadConfigValue) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise _unusable(f"can't be used by this transformers: {said}") from error
 
 
 def _unusable(what: str) -> CheckpointError:

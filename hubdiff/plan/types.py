@@ -43,7 +43,7 @@ class Method:
 
     def __str__(self) -> str:
         said = self.as_json()
-        return ", ".join([said.pop("name"), *(f"{key} {value:g}" for key, value in said.items())])
+        return ", ".join([said.pop("name"), *(f"{key} {value}" for key, value in said.items())])
 
 
 # Each method with the settings that it takes.
@@ -266,6 +266,8 @@ def trim_passes(part: Part) -> int:
 def _pass_bytes(entry: TensorEntry, part: Part) -> int:
     """What one more pass over a part reads. The index of a tensor of several spans is read once."""
     spans = sum(1 for _ in spans_of(entry))
+    if part.low_rank and spans > 1:
+        return 0  # factors are kept in memory while their tensor is worked on
     if part.encoding == "plain" or spans == 1:
         return part.bytes
     return part.bytes - index_bytes(entry.nbytes // unit_bytes(entry.dtype), len(part.layers))
