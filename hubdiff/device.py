@@ -248,10 +248,9 @@ class _Blob:
         is_end = coarse != packed.ESCAPE
         ends = is_end.cumsum(0)
         nth = (ends - 1).clamp_(0, gaps.others - 1)
-        positions = coarse.cumsum(0, dtype=torch.int64)
-        if gaps.fine is not None:
-            fine = self._load(gaps.fine).cumsum(0, dtype=torch.int64)
-            positions = (positions << 8) + fine[nth]
+        positions = coarse.cumsum(0, dtype=torch.int64) << gaps.fine_bits
+        if gaps.fine_bits:
+            positions += self._fine(gaps).cumsum(0)[nth]
         positions += ends - 1
         self.wrong += [ends[-1] != gaps.others, ~is_end[-1], positions[-1] >= self._count]
         # Bytes that end no gap write to one element more, which is then left out.
@@ -260,6 +259,15 @@ class _Blob:
         out = self._full(self._count + 1, gaps.common)
         out[positions] = self._dense(gaps.values, gaps.others)[nth]
         return out[: self._count]
+
+    def _fine(self, gaps: packed.Gaps) -> Tensor:
+        """The fine bits of each gap as a number; two bytes of nothing follow the last ones, so that
+        each can be looked for in three bytes."""
+        content = torch.nn.functional.pad(self._load(gaps.fine), (0, 2)).long()
+        first = torch.arange(gaps.others, device=self._device) * gaps.fine_bits
+        byte, bit = first >> 3, first & 7
+        held = content[byte] | content[byte + 1] << 8 | content[byte + 2] << 16
+        return (held >> bit) & ((1 << gaps.fine_bits) - 1)
 
 
 _RENDERED = {"packed": _Blob.from_packed, "planes": _Blob.from_planes}

@@ -19,7 +19,14 @@ import numpy as np
 from hubdiff.compare import HALVES, Comparison, Floats, compare, delta_dtype
 from hubdiff.encodings import ENCODINGS
 from hubdiff.hashing import FileHashes, Lane, tensor_hash
-from hubdiff.layers import DenseWriter, LayerFile, LayerWriter, PayloadWriter, number
+from hubdiff.layers import (
+    DenseWriter,
+    LayerFile,
+    LayerWriter,
+    PayloadWriter,
+    header_room,
+    number,
+)
 from hubdiff.manifest import GROUPS, PROBE_BYTES, FileRecord, Part, TensorRecord
 from hubdiff.pair import Pair, TensorPair
 from hubdiff.progress import Progress
@@ -129,9 +136,12 @@ def extract(
     found = {}
     for source, file in enumerate(shards):
         if file in mine:
-            with _Collector(pair, source, folder, worker.parts, base_hashes, progress) as collector:
-                progress.advance(len(shards[file].raw))
-                found[file] = _compare(file, shards[file], worker, collector, workers)
+            header = shards[file]
+            with _Collector(
+                pair, source, header, folder, worker.parts, base_hashes, progress
+            ) as collector:
+                progress.advance(len(header.raw))
+                found[file] = _compare(file, header, worker, collector, workers)
     progress.finish()
     given = ranks.gather({file: asdict(one) for file, one in found.items()}, "comparing")
     everyone = {file: one for rank in given for file, one in rank.items()}
@@ -303,13 +313,16 @@ class _Collector:
         self,
         pair: Pair,
         source: int,
+        header: Header,
         folder: Path,
         parts: PartsOf,
         base_hashes: FileHashes,
         progress: Progress,
     ) -> None:
         self._parts, self._progress = parts, progress
-        self._layers = {group: LayerWriter(folder, group, source) for group in GROUPS}
+        here = (pair.tensors.get(entry.name) for entry in header.tensors)
+        room = header_room((one.name, one.tuned.entry.shape) for one in here if one)
+        self._layers = {group: LayerWriter(folder, group, source, room) for group in GROUPS}
         self._lanes = (Lane(), Lane())
         self._tuned_hashes = FileHashes(pair.tuned)
         self._base_hashes = base_hashes

@@ -25,7 +25,7 @@ from hubdiff.errors import CannotDiff
 from hubdiff.extract import Extracted, extract
 from hubdiff.files import LocalTree
 from hubdiff.hashing import FileHashes, Lane, tensor_hash
-from hubdiff.layers import LayerWriter, number
+from hubdiff.layers import LayerWriter, header_room, number
 from hubdiff.manifest import (
     GROUPS,
     PROBE_BYTES,
@@ -69,7 +69,8 @@ def extract_adapter(adapter: Adapter, folder: Path, progress: Progress) -> Extra
         whole = extract(adapter.pair, scratch, plain=plain, progress=progress, hash_base=False)
         seen = _survey(adapter.pair.base, set(adapter.factors), progress)
         _check_copies(adapter, seen)
-        with _Layers(folder, scratch, whole) as layers:
+        shapes = [(name, one.base.entry.shape) for name, one in adapter.factors.items()]
+        with _Layers(folder, scratch, whole, shapes) as layers:
             records = [
                 _adapter_record(adapter, name, layers, seen.tensors[name])
                 for name in adapter.factors
@@ -241,7 +242,7 @@ def extract_truncated(
     with _scratch(folder) as scratch:
         packed = extract(pair, scratch, plain=False, progress=progress)
         progress.start("factorising", sum(_matrix_bytes(record) for record in packed.tensors))
-        with _Layers(folder, scratch, packed) as layers:
+        with _Layers(folder, scratch, packed, []) as layers:
             records = []
             for record in packed.tensors:
                 records.append(_truncated_record(pair, record, layers, wanted))
@@ -333,19 +334,24 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 @dataclass
 class _Layers:
-    """The layer files in the making: factors, and parts copied from what ``extract`` wrote."""
+    """The layer files in the making: factors, and parts copied from what ``extract`` wrote.
+    ``shapes`` are of the tensors, by name, that it did not write."""
 
     folder: Path
     scratch: Path
     extracted: Extracted
+    shapes: list[tuple[str, tuple[int, ...]]]
     _writers: dict[str, LayerWriter] = field(default_factory=dict)
     _sources: dict[str, Checkpoint] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> _Layers:
         tree = LocalTree(ModelRef(repo=None, revision=None, path=self.scratch))
+        shapes = [*self.shapes, *((r.name, r.shape) for r in self.extracted.tensors)]
+        room = header_room(shapes)
         for group in GROUPS:
-            self._writers[group] = self._stack.enter_context(LayerWriter(self.folder, group, 0))
+            writer = LayerWriter(self.folder, group, 0, room)
+            self._writers[group] = self._stack.enter_context(writer)
             source = Checkpoint(tree, {}, {}, {}, None)
             self._stack.callback(source.close)
             for file in self.extracted.layers[group]:
@@ -359,7 +365,8 @@ class _Layers:
 
     def low_rank(self, name: str, payload: bytes, said: LowRank) -> Part:
         layer = self._writers["delta"]
-        begin = layer.append(payload)
+        begin = layer.begin()
+        layer.append(payload)
         digest = layer.store(name, "U8", (len(payload),), begin)
         return Part("delta", ("hi",), low_rank.NAME, "F32", len(payload), digest, said)
 
@@ -368,7 +375,7 @@ class _Layers:
         for part in record.parts:
             layer, source = self._writers[part.group], self._sources[part.group]
             placed = source.tensors[record.name]
-            entry, begin = placed.entry, layer.append(b"")
+            entry, begin = placed.entry, layer.begin()
             for offset in range(entry.begin, entry.end, _COPY):
                 where = Range(placed.file, offset, min(offset + _COPY, entry.end))
                 layer.append(read_ranges(source, [where])[where])

@@ -161,3 +161,47 @@ def from_ranks(ranks, table, out):  # type: ignore[no-untyped-def]
     """``out[i] = table[ranks[i]]``: uint8 through a table of 256 uint16."""
     for i in range(ranks.size):
         out[i] = table[ranks[i]]
+
+
+@_compiled
+def to_gaps(positions, fine_bits, coarse, fine):  # type: ignore[no-untyped-def]
+    """The distances between ``positions`` (int64, rising) as FORMAT.md, "packed", has them: fills
+    ``fine`` and the start of ``coarse`` (uint8), and returns how many bytes of that it needed."""
+    size, before, held, filled, written = 0, -1, 0, 0, 0
+    for position in positions:
+        gap = position - before - 1
+        before = position
+        rest = gap >> fine_bits
+        while rest >= 255:
+            coarse[size] = 255
+            size, rest = size + 1, rest - 255
+        coarse[size] = rest
+        size += 1
+        held |= (gap & ((1 << fine_bits) - 1)) << filled
+        filled += fine_bits
+        while filled >= 8:
+            fine[written] = held & 255
+            held, filled, written = held >> 8, filled - 8, written + 1
+    if filled:
+        fine[written] = held
+    return size
+
+
+@_compiled
+def from_gaps(coarse, fine_bits, fine, positions):  # type: ignore[no-untyped-def]
+    """Fill ``positions`` (int64) from what ``to_gaps`` made; returns how many gaps there were, of
+    which no more are filled in than there is room for."""
+    position, rest, ends, held, filled, read = -1, 0, 0, 0, 0, 0
+    for byte in coarse:
+        rest += byte
+        if byte == 255:
+            continue
+        if ends < positions.size:
+            while filled < fine_bits:
+                held |= fine[read] << filled
+                filled, read = filled + 8, read + 1
+            position += ((rest << fine_bits) | (held & ((1 << fine_bits) - 1))) + 1
+            held, filled = held >> fine_bits, filled - fine_bits
+            positions[ends] = position
+        ends, rest = ends + 1, 0
+    return ends

@@ -1,8 +1,8 @@
 """Writing the layer files of a delta: ``delta-*``, ``tail-*`` and ``exact-*.safetensors``.
 
 Payloads arrive segment by segment and their sizes are not known before the last one, while a
-safetensors header stands first. So the bodies are spooled to a file and each layer file is then
-written once, header first, hashed on the way.
+safetensors header stands first. So as much room is left for the header as it can need. Where it
+needs less, spaces fill it if that is next to nothing; else the tensors move down, in place.
 
 Layer files end where the tuned model's files end: each of those is compared alone, so that several
 processes can share them and the bytes don't depend on how many there are. Their numbers are known
@@ -12,8 +12,8 @@ when all are written, and until then they have names of their own.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -27,20 +27,33 @@ from hubdiff.safetensors_io import build_header
 from hubdiff.stream import unit_bytes
 from hubdiff.writer import begin_writeback, disk_errors, write_all
 
-# What the Hub and its clients handle well in one file.
+# From this size on a file takes no more tensors: what the Hub and its clients handle well in one.
 SHARD_BYTES = 4 << 30
 _COPY = 4 << 20
+_FILLED = 1000  # spaces after a header may be this part of the file
+# For the header's room: a dtype and a size that no other takes more letters to write than.
+_LONGEST_DTYPE, _LARGEST_SIZE = "F8_E5M2", 1 << 50
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """One tensor in the spool."""
+    """One tensor in a file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    begin: int
     nbytes: int
+
+
+@dataclass
+class _Body:
+    """A file in the making: its tensors begin at ``begin`` and end, so far, at ``end``."""
+
+    path: Path
+    fd: int
+    begin: int
+    end: int
+    stored: list[_Stored] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -58,17 +71,26 @@ def number(group: str, files: Sequence[LayerFile]) -> list[str]:
     return [f"{group}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-class LayerWriter:
-    """The files of one group for one file of the tuned model, the ``source``-th. Payloads are
-    opened one at a time; ``finish`` writes the files."""
+def header_room(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes that the header of a layer file needs at most when it holds no more than these tensors,
+    given by name and shape."""
+    largest = (
+        (name, _LONGEST_DTYPE, (*shape, _LARGEST_SIZE), _LARGEST_SIZE) for name, shape in tensors
+    )
+    return len(build_header(largest, _metadata("delta")))
 
-    def __init__(self, folder: Path, group: str, source: int) -> None:
-        self._folder, self._group, self._source = folder, group, source
-        spool = folder / f".{group}-{source}.spool"
-        with disk_errors(spool):
-            self._spool = spool.open("w+b", buffering=0)
-        self._stored: list[_Stored] = []
-        self._end = 0
+
+def _metadata(group: str) -> dict[str, str]:
+    return {"format": "hubdiff", "layer": group}
+
+
+class LayerWriter:
+    """The files of one group for one file of the tuned model, the ``source``-th. Tensors are
+    written one at a time; ``room`` is that for the header (``header_room``)."""
+
+    def __init__(self, folder: Path, group: str, source: int, room: int) -> None:
+        self._folder, self._group, self._source, self._room = folder, group, source, room
+        self._bodies: list[_Body] = []
 
     def __enter__(self) -> LayerWriter:
         return self
@@ -79,8 +101,8 @@ class LayerWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._spool.close()
-        Path(self._spool.name).unlink(missing_ok=True)
+        for body in self._bodies:
+            os.close(body.fd)
 
     def payload(self, name: str, count: int, part: Part) -> PayloadWriter:
         return PayloadWriter(self, name, count, part)
@@ -88,70 +110,71 @@ class LayerWriter:
     def dense(self, name: str, shape: tuple[int, ...], part: Part) -> DenseWriter:
         return DenseWriter(self, name, shape, part)
 
-    def append(self, data: bytes | memoryview) -> int:
-        """Write at the end; the position it went to."""
-        position = self._end
-        self.write_at(position, data)
-        self._end += len(data)
-        return position
+    def begin(self) -> int:
+        """The position at which the next tensor begins."""
+        if not self._bodies or self._bodies[-1].end - self._room >= SHARD_BYTES:
+            self._bodies.append(self._new_body())
+        return self._bodies[-1].end
+
+    def _new_body(self) -> _Body:
+        path = self._folder / f".{self._group}-{self._source}-{len(self._bodies)}.part"
+        with disk_errors(path):
+            # open() honours the umask; the file is read too, for its hashes.
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        return _Body(path, fd, self._room, self._room)
+
+    def append(self, data: bytes | memoryview) -> None:
+        body = self._bodies[-1]
+        self.write_at(body.end, data)
+        body.end += len(data)
 
     def write_at(self, position: int, data: bytes | memoryview) -> None:
-        with disk_errors(Path(self._spool.name)):
-            write_all(self._spool.fileno(), data, position)
+        body = self._bodies[-1]
+        with disk_errors(body.path):
+            write_all(body.fd, data, position)
 
     def store(self, name: str, dtype: str, shape: tuple[int, ...], begin: int) -> str:
         """The bytes from ``begin`` to the end are this tensor; their blake3."""
-        self._stored.append(_Stored(name, dtype, shape, begin, self._end - begin))
-        digest = tensor_hash()
-        for piece in self._pieces(begin, self._end):
+        body, digest = self._bodies[-1], tensor_hash()
+        body.stored.append(_Stored(name, dtype, shape, body.end - begin))
+        for position, piece in _pieces(body.fd, begin, body.end):
             digest.update(piece)
+            begin_writeback(body.fd, position, len(piece))
         return digest.hexdigest()
 
     def finish(self) -> tuple[LayerFile, ...]:
-        """Write the files."""
+        """Finish the files."""
         return tuple(
-            LayerFile(
-                self._write(f".{self._group}-{self._source}-{i}.part", stored),
-                tuple(tensor.name for tensor in stored),
-            )
-            for i, stored in enumerate(self._cut())
+            LayerFile(self._finish(body), tuple(tensor.name for tensor in body.stored))
+            for body in self._bodies
         )
 
-    def _cut(self) -> Iterator[list[_Stored]]:
-        shard: list[_Stored] = []
-        for stored in self._stored:
-            if shard and stored.begin + stored.nbytes - shard[0].begin > SHARD_BYTES:
-                yield shard
-                shard = []
-            shard.append(stored)
-        if shard:
-            yield shard
-
-    def _write(self, name: str, shard: list[_Stored]) -> FileRecord:
-        header = build_header(
-            ((s.name, s.dtype, s.shape, s.nbytes) for s in shard),
-            {"format": "hubdiff", "layer": self._group},
-        )
-        body = sum(stored.nbytes for stored in shard)
-        digest, size = StreamHash(len(header) + body), len(header)
+    def _finish(self, body: _Body) -> FileRecord:
+        tensors = [(s.name, s.dtype, s.shape, s.nbytes) for s in body.stored]
+        header = build_header(tensors, _metadata(self._group))
+        if (self._room - len(header)) * _FILLED <= body.end:
+            header = build_header(tensors, _metadata(self._group), room=self._room)
+        down = self._room - len(header)
+        digest = StreamHash(body.end - down)
         digest.update(0, header)
-        path = self._folder / name
-        with disk_errors(path), path.open("wb", buffering=0) as file, Lane() as lane:
-            write_all(file.fileno(), header, 0)
-            for piece in self._pieces(shard[0].begin, shard[0].begin + body):
+        with disk_errors(body.path), Lane() as lane:
+            write_all(body.fd, header, 0)
+            for position, piece in _pieces(body.fd, body.begin, body.end):
                 lane.catch_up()
-                lane.feed(digest, size, piece)
-                write_all(file.fileno(), piece, size)
-                begin_writeback(file.fileno(), size, len(piece))
-                size += len(piece)
+                lane.feed(digest, position - down, piece)
+                if down:
+                    write_all(body.fd, piece, position - down)
             lane.catch_up()
+            os.ftruncate(body.fd, body.end - down)
             # A folder that is published holds nothing that a power cut could still take.
-            os.fsync(file.fileno())
-        return FileRecord(name, size, digest.digest() or "")
+            os.fsync(body.fd)
+        return FileRecord(body.path.name, body.end - down, digest.digest() or "")
 
-    def _pieces(self, begin: int, end: int) -> Iterator[bytes]:
-        for position in range(begin, end, _COPY):
-            yield os.pread(self._spool.fileno(), min(_COPY, end - position), position)
+
+def _pieces(fd: int, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """The bytes from ``begin`` to ``end``, with where each piece begins."""
+    for position in range(begin, end, _COPY):
+        yield position, os.pread(fd, min(_COPY, end - position), position)
 
 
 class PayloadWriter:
@@ -159,10 +182,11 @@ class PayloadWriter:
     segment."""
 
     def __init__(self, layer: LayerWriter, name: str, count: int, part: Part) -> None:
-        self._layer, self._name, self._count, self._part = layer, name, count, part
+        self._layer, self._name, self._part = layer, name, part
         layers = len(part.layers)
         self._sizes = [0] * (-(-count // SEGMENT) * layers)
-        self._begin = layer.append(bytes(index_bytes(count, layers)))
+        self._begin = layer.begin()
+        layer.append(bytes(index_bytes(count, layers)))
 
     def write(self, segment: int, blobs: tuple[bytes, ...]) -> None:
         for number, blob in enumerate(blobs):
@@ -182,7 +206,7 @@ class DenseWriter:
 
     def __init__(self, layer: LayerWriter, name: str, shape: tuple[int, ...], part: Part) -> None:
         self._layer, self._name, self._shape, self._part = layer, name, shape, part
-        self._begin = layer.append(b"")
+        self._begin = layer.begin()
         self._count = int(np.prod(shape, dtype=np.int64))
         self._done = 0
 

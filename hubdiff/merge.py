@@ -327,7 +327,9 @@ class _Checker:
         if item.source is None or item.step.source is None:
             return
         place = span_range(item.span, item.step.source)
-        if not self._own_base and place.file in self._listed:
+        if not self._own_base:
+            if place.file not in self._listed:
+                return  # a folder's file: nothing is known that it could be compared with
             self._lanes[1].feed(self._sources.stream(place.file), place.begin, item.source)
         self._tensor.update(item.source)
         if item.span.last:

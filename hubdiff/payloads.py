@@ -180,9 +180,15 @@ def decode_blob(part: Part, blob: memoryview, count: int, where: str) -> np.ndar
 
 
 class Arrays:
-    """Bit patterns as numpy arrays, on the CPU."""
+    """Bit patterns as numpy arrays, on the CPU; not to be written to: those of a dense part are
+    the payload itself, which is hashed later."""
 
     def decode(self, part: Part, blob: memoryview, count: int, where: str) -> np.ndarray:
+        dtype = unit_dtype(part.dtype)
+        if part.encoding == "plain" and len(blob) == count * dtype.itemsize:
+            bits = np.frombuffer(blob, dtype)
+            if bits.flags.aligned:
+                return bits
         return decode_blob(part, blob, count, where)
 
     def place(self, bits: np.ndarray) -> np.ndarray:

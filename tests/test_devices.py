@@ -25,6 +25,7 @@ import hubdiff
 from hubdiff import merge, numerics, nvcomp
 from hubdiff.device import Cpu, Gpu
 from hubdiff.encodings import ENCODINGS, SEGMENT, Stream
+from hubdiff.encodings._frames import write_varint
 from hubdiff.errors import CorruptPayload, RefError
 from hubdiff.jobs.apply import choose_device
 from hubdiff.manifest import Part
@@ -165,16 +166,18 @@ def test_an_encoding_that_can_not_hold_the_dtype_is_refused_alike(device):
 
 
 def raw(data: bytes) -> bytes:
-    return struct.pack("<II", len(data), len(data)) + data
+    return write_varint(len(data)) + data
 
 
 def ranks(size: int, content: bytes, listed: int) -> bytes:
-    return bytes([2, size]) + raw(content) + 2 * raw(bytes(range(listed)))
+    head = bytes([2, size]) + write_varint(listed - size) + raw(content)
+    return head + 2 * raw(bytes(range(listed)))
 
 
-def gaps(others: int, coarse: bytes, fine: bytes | None = None) -> bytes:
-    head = struct.pack("<BHI", 3 if fine is None else 4, 0x8000, others) + raw(coarse)
-    return head + (raw(fine) if fine is not None else b"") + b"\x01" + 2 * raw(bytes(others))
+def gaps(others: int, coarse: bytes, fine_bits: int = 0, fine: bytes = b"") -> bytes:
+    head = struct.pack("<BH", 3, 0x8000) + write_varint(others) + bytes([fine_bits])
+    head += write_varint(len(coarse) - others) + raw(coarse) + fine
+    return head + b"\x01" + 2 * raw(bytes(others))
 
 
 @pytest.mark.parametrize("device", PLACES)
@@ -184,15 +187,15 @@ def gaps(others: int, coarse: bytes, fine: bytes | None = None) -> bytes:
         (ranks(3, bytes([3]) * 600, 3), "a rank is beyond the table of 3"),
         (ranks(1, bytes([254]) * 600, 1), "a rank is beyond the table of 1"),
         (ranks(0, bytes(600), 1), "a rank is beyond the table of 0"),
-        (ranks(1, bytes(599) + b"\xff", 1), "expected 2"),
-        (ranks(1, bytes(600), 2), "expected 1"),
-        (ranks(1, bytes(598) + b"\xff\xff", 2), "expected 3"),
+        (ranks(1, bytes(599) + b"\xff", 1), "1 escapes, 0 are declared"),
+        (ranks(1, bytes(600), 2), "0 escapes, 1 are declared"),
+        (ranks(1, bytes(598) + b"\xff\xff", 2), "2 escapes, 1 are declared"),
         (gaps(1, b"\xff"), "the gaps are not 1"),
         (gaps(1, b"\x00\xff"), "the gaps are not 1"),
         (gaps(1, b"\x00\x00"), "the gaps are not 1"),
         (gaps(2, b"\x00\xff"), "the gaps are not 2"),
         (gaps(1, b"\xff\xff\x5a"), "the gaps reach element 600 of 600"),
-        (gaps(1, b"\xfe", b"\x00"), "the gaps reach element 65024 of 600"),
+        (gaps(1, b"\xfe", 8, b"\x00"), "the gaps reach element 65024 of 600"),
         (b"\x07", "variant 7"),
         (gaps(1, b"\x00") + b"\x00", "1 bytes follow"),
     ],

@@ -1,8 +1,9 @@
-"""Streams: runs of bytes of a checked length, the one building block of packed blobs.
+"""Streams: runs of bytes of a known length, the one building block of packed blobs.
 
-A stream is ``raw_size: u32, stored_size: u32, body``. ``stored_size`` alone tells how to read the
-body: equal to ``raw_size``, the bytes themselves; 1, one byte repeated; otherwise one zstd frame.
-A frame is only used where it is smaller, so the three can't be confused.
+A stream is ``stored_size: varint, body``. ``stored_size`` alone tells how to read the body: equal
+to the length, the bytes themselves; 1, one byte repeated; otherwise one zstd frame. A frame is only
+used where it is smaller, so the three can't be confused. A blob of a small tensor has little more
+than the heads of its streams, so these are as short as can be.
 
 Nothing is allocated before its size is known to be what the caller expects: a frame's own content
 size is compared first, so a small blob can't ask for a large buffer.
@@ -10,7 +11,6 @@ size is compared first, so a small blob can't ask for a large buffer.
 
 from __future__ import annotations
 
-import struct
 import threading
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ import zstandard
 
 from hubdiff.errors import CorruptPayload
 
-_STREAM = struct.Struct("<II")
+_VARINT_BYTES = 5  # enough for 32 bits
 
 _local = threading.local()  # a (de)compressor shared by two threads crashes the process
 
@@ -33,7 +33,8 @@ def corrupt(what: str) -> CorruptPayload:
 
 def _compressor() -> zstandard.ZstdCompressor:
     """Matching nearly off: entropy-coded bytes have no repeats, so this is Huffman coding in
-    standard frames. Pinned, because the same bits must give the same bytes."""
+    standard frames. Without zstd's checksum, since the payload has a hash. Pinned, because the same
+    bits must give the same bytes."""
     if not hasattr(_local, "compressor"):
         _local.compressor = zstandard.ZstdCompressor(
             compression_params=zstandard.ZstdCompressionParameters(
@@ -42,7 +43,6 @@ def _compressor() -> zstandard.ZstdCompressor:
                 hash_log=6,
                 min_match=7,
                 write_content_size=True,
-                write_checksum=True,
             )
         )
     compressor: zstandard.ZstdCompressor = _local.compressor
@@ -56,6 +56,16 @@ def _decompressor() -> zstandard.ZstdDecompressor:
     return decompressor
 
 
+def write_varint(value: int) -> bytes:
+    """LEB128: seven bits to a byte, the lowest first, the top bit set on all but the last."""
+    written = bytearray()
+    while value >= 0x80:
+        written.append(value & 0x7F | 0x80)
+        value >>= 7
+    written.append(value)
+    return bytes(written)
+
+
 def write_stream(raw: np.ndarray) -> bytes:
     """``raw``, a 1-D uint8 array, as a stream: constant, compressed or as it is."""
     body = bytes(raw[:1])
@@ -63,7 +73,7 @@ def write_stream(raw: np.ndarray) -> bytes:
         body = _compressor().compress(np.ascontiguousarray(raw).data)
         if len(body) >= raw.size:
             body = raw.tobytes()
-    return _STREAM.pack(raw.size, len(body)) + body
+    return write_varint(len(body)) + body
 
 
 @dataclass(frozen=True)
@@ -139,15 +149,32 @@ class BlobReader:
     def uint(self, size: int, what: str) -> int:
         return int.from_bytes(self.take(size, what), "little")
 
-    def stream(self, what: str, least: int, most: int | None = None) -> Stream:
-        """The next stream, of ``least`` to ``most`` bytes (exactly ``least`` by default)."""
-        raw_size, stored_size = _STREAM.unpack(self.take(_STREAM.size, f"the header of {what}"))
-        if not least <= raw_size <= (least if most is None else most):
-            wanted = f"{least}" if most is None else f"{least} to {most}"
-            raise self.fail(f"{what} declares {raw_size} bytes, expected {wanted}")
-        if stored_size > raw_size:
-            raise self.fail(f"{what} stores {stored_size} bytes for {raw_size}")
-        return Stream(raw_size, self.take(stored_size, what), what, self._encoding)
+    def varint(self, what: str) -> int:
+        value = 0
+        for place in range(_VARINT_BYTES):
+            byte = self.uint(1, what)
+            value |= (byte & 0x7F) << (7 * place)
+            if byte < 0x80:
+                return value
+        raise self.fail(f"{what} is written in more than {_VARINT_BYTES} bytes")
+
+    def count(self, what: str, least: int, most: int) -> int:
+        """A varint between two bounds."""
+        value = self.varint(what)
+        if not least <= value <= most:
+            raise self.fail(f"{what} is {value}, expected {least} to {most}")
+        return value
+
+    def stream(self, what: str, size: int) -> Stream:
+        """The next stream, of ``size`` bytes."""
+        stored_size = self.varint(f"the size of {what}")
+        if stored_size > size:
+            raise self.fail(f"{what} stores {stored_size} bytes for {size}")
+        return Stream(size, self.take(stored_size, what), what, self._encoding)
+
+    def plain(self, what: str, size: int) -> Stream:
+        """``size`` bytes that are not worth compressing, as a stream without a head."""
+        return Stream(size, self.take(size, what), what, self._encoding)
 
     def end(self) -> None:
         left = len(self._blob) - self._offset

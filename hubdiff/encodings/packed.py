@@ -7,7 +7,6 @@ and often one of them ("unchanged") most of it. Each segment takes the variant t
 - direct     the two byte planes of the symbols, the sign rotated to the lowest bit
 - ranks      one byte per element, its symbol's rank by frequency; 255 escapes to a list
 - gaps       the commonest symbol is left out: distances between the others, then the others
-- wide gaps  the same with two bytes per distance, for under 0.3 % of others
 
 Reading has two steps. ``parse`` takes a blob apart and checks every size; what it returns says how
 to make the symbols, here with numpy or elsewhere (``hubdiff.device``). What only the decoded bytes
@@ -20,18 +19,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hubdiff.encodings._frames import BlobReader, Stream, corrupt, write_stream
+from hubdiff.encodings._frames import BlobReader, Stream, corrupt, write_stream, write_varint
 from hubdiff.encodings.planes import join, split
 from hubdiff.errors import CorruptPayload
 
-_CONSTANT, _DIRECT, _RANKS, _GAPS, _WIDE_GAPS = range(5)
+_CONSTANT, _DIRECT, _RANKS, _GAPS = range(4)
 
 ESCAPE = 255  # in ranks: the symbol is in the list; in gaps: 255 further, and go on
 
-# Measured on differences of bf16 models: with more escapes than this `direct` is smaller, and with
-# fewer others than this (one per 370: half of all gap bytes would be escapes) `wide gaps` is.
+MOST_FINE_BITS = 16
+
+# Measured on differences of bf16 models: with more escapes than this `direct` is smaller.
 _MOST_ESCAPES = 0.35
-_WIDE_SPACING = 370
 
 # Up to this size every variant is tried: fixed costs decide there, and time does not matter.
 _SMALL = 1 << 14
@@ -91,14 +90,21 @@ def _encode_dense(bits: np.ndarray) -> bytes:
     # coding them: a sample of a thirtieth chooses (its odd stride as in `_commonest`).
     sample = bits[:: (bits.size >> 15) | 1]
     counts = np.bincount(sample, minlength=1 << 16)
-    symbols = np.flatnonzero(counts)
-    table = symbols[np.argsort(-counts[symbols], kind="stable")[:ESCAPE]].astype(np.uint16)
     if bits.size <= _SMALL:
-        return min(_encode_ranks(bits, table), _encode_direct(bits), key=len)
+        # A symbol that occurs once takes as much room in the table as in the list of escapes.
+        tables = (_table(counts, least) for least in (1, 2))
+        return min(*(_encode_ranks(bits, t) for t in tables), _encode_direct(bits), key=len)
+    table = _table(counts, 1)
     escapes = sample.size - int(counts[table].sum())
     if escapes > _MOST_ESCAPES * sample.size:
         return _encode_direct(bits)
     return _encode_ranks(bits, table)
+
+
+def _table(counts: np.ndarray, least: int) -> np.ndarray:
+    """The commonest symbols, of those that were counted ``least`` times."""
+    symbols = np.flatnonzero(counts >= least)
+    return symbols[np.argsort(-counts[symbols], kind="stable")[:ESCAPE]].astype(np.uint16)
 
 
 def _encode_constant(bits: np.ndarray) -> bytes:
@@ -118,32 +124,43 @@ def _encode_ranks(bits: np.ndarray, table: np.ndarray) -> bytes:
     kernels.to_ranks(bits, rank_of, ranks)
     escaped = bits[_where(ranks == ESCAPE)]
     listed = np.concatenate([table, escaped])
-    return bytes([_RANKS, table.size]) + write_stream(ranks) + _write_symbols(listed)
+    head = bytes([_RANKS, table.size]) + write_varint(escaped.size)
+    return head + write_stream(ranks) + _write_symbols(listed)
 
 
 def _encode_gaps(bits: np.ndarray, common: int, others: np.ndarray) -> bytes:
-    gaps = np.diff(others, prepend=-1) - 1
-    wide = _WIDE_SPACING * others.size < bits.size
-    fine = b""
-    if wide:
-        fine = write_stream((gaps & 0xFF).astype(np.uint8))
-        gaps >>= 8
-    head = bytes([_WIDE_GAPS if wide else _GAPS])
-    head += common.to_bytes(2, "little") + others.size.to_bytes(4, "little")
-    return head + write_stream(_with_escapes(gaps)) + fine + _encode_dense(bits[others])
+    from hubdiff import kernels
+
+    count = others.size
+    fine_bits = _fine_bits(others)
+    coarse = np.empty(most_coarse(bits.size, count, fine_bits), np.uint8)
+    fine = np.empty(fine_bytes(count, fine_bits), np.uint8)
+    coarse = coarse[: kernels.to_gaps(others, fine_bits, coarse, fine)]
+    head = bytes([_GAPS]) + common.to_bytes(2, "little") + write_varint(count)
+    head += bytes([fine_bits]) + write_varint(coarse.size - count)
+    return head + write_stream(coarse) + fine.tobytes() + _encode_dense(bits[others])
 
 
-def _with_escapes(gaps: np.ndarray) -> np.ndarray:
-    """Each gap as bytes that add up to it: as many 255 as fit, then the rest (0 to 254).
+def _fine_bits(others: np.ndarray) -> int:
+    """Distances between independent changes are geometric. Their low bits, up to a quarter of what
+    is usual, then are noise and are stored as they are; what is above has few values, and little to
+    say about them first. And a geometric distance has no memory: what is left after an escape is
+    distributed as before it, so that nothing is lost by coding byte by byte. Where changes come in
+    clusters most distances are 0, and no bit of them is noise: hence the median."""
+    if others.size == 1:
+        return 0
+    step = (others.size >> 12) | 1
+    usual = int(np.median(others[1::step] - others[:-1:step]))
+    return min(MOST_FINE_BITS, max(0, usual.bit_length() - 2))
 
-    Distances between independent changes are geometric, and those have no memory: what is left
-    after an escape is distributed as before it. So nothing is lost by coding byte by byte.
-    """
-    escapes = gaps // ESCAPE
-    last = np.cumsum(escapes + 1) - 1
-    coded = np.full(int(last[-1]) + 1, ESCAPE, np.uint8)
-    coded[last] = gaps - escapes * ESCAPE
-    return coded
+
+def most_coarse(count: int, others: int, fine_bits: int) -> int:
+    """Coarse bytes at most: one for each other, and escapes, which ``count`` bounds."""
+    return others + (count >> fine_bits) // ESCAPE
+
+
+def fine_bytes(others: int, fine_bits: int) -> int:
+    return -(-others * fine_bits // 8)
 
 
 def _write_symbols(symbols: np.ndarray) -> bytes:
@@ -194,7 +211,8 @@ class Gaps:
     common: int
     others: int
     coarse: Stream
-    fine: Stream | None
+    fine_bits: int
+    fine: Stream
     values: Dense
 
 
@@ -202,11 +220,9 @@ def parse(blob: bytes | memoryview, count: int) -> Dense | Gaps:
     """The parts of the blob of ``count`` symbols. Raises ``CorruptPayload``."""
     reader = BlobReader(blob, Packed.name)
     variant = reader.uint(1, "the variant")
-    wide = variant == _WIDE_GAPS
-    if wide or variant == _GAPS:
-        parsed: Dense | Gaps = _parse_gaps(reader, count, wide)
-    else:
-        parsed = _parse_dense(reader, variant, count)
+    parsed = (
+        _parse_gaps(reader, count) if variant == _GAPS else _parse_dense(reader, variant, count)
+    )
     reader.end()
     return parsed
 
@@ -215,29 +231,33 @@ def _parse_dense(reader: BlobReader, variant: int, count: int) -> Dense:
     if variant == _CONSTANT:
         return Constant(reader.uint(2, "the symbol"))
     if variant == _DIRECT:
-        return _parse_symbols(reader, count, count)
+        return _parse_symbols(reader, count)
     if variant == _RANKS:
         size = reader.uint(1, "the table size")
+        escapes = reader.count("the number of escapes", 0, count)
         ranks = reader.stream("the ranks", count)
-        return Ranks(size, ranks, _parse_symbols(reader, size, size + count))
+        return Ranks(size, ranks, _parse_symbols(reader, size + escapes))
     raise reader.fail(f"variant {variant} is not one that can stand here")
 
 
-def _parse_symbols(reader: BlobReader, least: int, most: int) -> Symbols:
-    low = reader.stream("the low bytes of the symbols", least, None if least == most else most)
-    high = reader.stream("the high bytes of the symbols", low.raw_size)
-    return Symbols(low.raw_size, low, high)
+def _parse_symbols(reader: BlobReader, length: int) -> Symbols:
+    low = reader.stream("the low bytes of the symbols", length)
+    high = reader.stream("the high bytes of the symbols", length)
+    return Symbols(length, low, high)
 
 
-def _parse_gaps(reader: BlobReader, count: int, wide: bool) -> Gaps:
+def _parse_gaps(reader: BlobReader, count: int) -> Gaps:
     common = reader.uint(2, "the common symbol")
-    others = reader.uint(4, "the number of others")
-    if not 1 <= others <= count // 2:
-        raise reader.fail(f"{others} others among {count} elements (at most half can be)")
-    coarse = reader.stream("the gaps", others, others + count // ESCAPE)
-    fine = reader.stream("the fine gaps", others) if wide else None
+    others = reader.count("the number of others", 1, count // 2)
+    fine_bits = reader.uint(1, "the number of fine bits")
+    if fine_bits > MOST_FINE_BITS:
+        raise reader.fail(f"the gaps have {fine_bits} fine bits, {MOST_FINE_BITS} at most can be")
+    most = most_coarse(count, others, fine_bits)
+    escapes = reader.count("the number of escapes in the gaps", 0, most - others)
+    coarse = reader.stream("the gaps", others + escapes)
+    fine = reader.plain("the fine bits of the gaps", fine_bytes(others, fine_bits))
     values = _parse_dense(reader, reader.uint(1, "the variant of the others"), others)
-    return Gaps(common, others, coarse, fine, values)
+    return Gaps(common, others, coarse, fine_bits, fine, values)
 
 
 def _fail(what: str) -> CorruptPayload:
@@ -278,8 +298,7 @@ def _render_ranks(parsed: Ranks, out: np.ndarray) -> None:
     if int(np.count_nonzero(ranks >= size)) != escapes:
         raise _fail(f"a rank is beyond the table of {size}")
     if parsed.escapes != escapes:
-        listed, due = parsed.symbols.length, size + escapes
-        raise _fail(f"the low bytes of the symbols declares {listed} bytes, expected {due}")
+        raise _fail(f"the ranks have {escapes} escapes, {parsed.escapes} are declared")
     symbols = _render_symbols(parsed.symbols)
     table = np.zeros(256, np.uint16)
     table[:size] = symbols[:size]
@@ -289,23 +308,16 @@ def _render_ranks(parsed: Ranks, out: np.ndarray) -> None:
 
 
 def _render_gaps(gaps: Gaps, out: np.ndarray) -> None:
-    coarse, others = gaps.coarse.content(), gaps.others
-    is_end = coarse != ESCAPE
-    if int(np.count_nonzero(is_end)) != others or not is_end[-1]:
-        raise _fail(f"the gaps are not {others}, each ended by a byte below {ESCAPE}")
-    # A narrow step is its gap plus the element itself: at most 254 + 1, so still one byte.
-    steps = coarse if gaps.fine is not None else coarse + is_end
-    positions = np.cumsum(steps, dtype=np.int64)
-    if coarse.size > others:
-        positions = positions[_where(is_end)]
-    if gaps.fine is not None:
-        positions <<= 8
-        positions += np.cumsum(gaps.fine.content(), dtype=np.int64)
-        positions += np.arange(1, others + 1)
-    positions -= 1
+    from hubdiff import kernels
+
+    coarse = gaps.coarse.content()
+    positions = np.empty(gaps.others, np.int64)
+    ends = kernels.from_gaps(coarse, gaps.fine_bits, gaps.fine.content(), positions)
+    if ends != gaps.others or coarse[-1] == ESCAPE:
+        raise _fail(f"the gaps are not {gaps.others}, each ended by a byte below {ESCAPE}")
     if positions[-1] >= out.size:
         raise _fail(f"the gaps reach element {positions[-1]} of {out.size}")
-    values = np.empty(others, np.uint16)
+    values = np.empty(gaps.others, np.uint16)
     _render_dense(gaps.values, values)
     out.fill(gaps.common)
     out[positions] = values

@@ -32,19 +32,23 @@ class Cursor:
     def uint(self, size: int) -> int:
         return int.from_bytes(self.take(size), "little")
 
-    def stream(self) -> bytes:
-        raw_size, stored_size = self.uint(4), self.uint(4)
-        assert stored_size <= raw_size
+    def varint(self) -> int:
+        byte = self.uint(1)
+        return byte if byte < 128 else byte - 128 + 128 * self.varint()
+
+    def stream(self, size: int) -> bytes:
+        stored_size = self.varint()
+        assert stored_size <= size
         body = self.take(stored_size)
-        if stored_size == raw_size:
+        if stored_size == size:
             return body
         if stored_size == 1:
-            return body * raw_size
-        assert zstandard.frame_content_size(body) == raw_size
+            return body * size
+        assert zstandard.frame_content_size(body) == size
         return zstandard.ZstdDecompressor().decompress(body)
 
-    def symbols(self) -> list[int]:
-        low, high = self.stream(), self.stream()
+    def symbols(self, length: int) -> list[int]:
+        low, high = self.stream(length), self.stream(length)
         rotated = [b << 8 | a for a, b in zip(low, high, strict=True)]
         return [r >> 1 | (r & 1) << 15 for r in rotated]
 
@@ -54,7 +58,7 @@ def plain(cursor: Cursor, width: int, n: int) -> list[int]:
 
 
 def planes(cursor: Cursor, width: int, n: int) -> list[int]:
-    streams = [cursor.stream() for _ in range(width // 8)]
+    streams = [cursor.stream(n) for _ in range(width // 8)]
     return [int.from_bytes(unit, "little") for unit in zip(*streams, strict=True)]
 
 
@@ -63,17 +67,25 @@ def packed(cursor: Cursor, width: int, n: int) -> list[int]:
     if variant == 0:
         return [cursor.uint(2)] * n
     if variant == 1:
-        return cursor.symbols()
+        return cursor.symbols(n)
     if variant == 2:
-        size, ranks, listed = cursor.uint(1), cursor.stream(), cursor.symbols()
+        size, escapes, ranks = cursor.uint(1), cursor.varint(), cursor.stream(n)
+        listed = cursor.symbols(size + escapes)
         rest = iter(listed[size:])
         found = [next(rest) if rank == 255 else listed[:size][rank] for rank in ranks]
         assert next(rest, None) is None
         return found
-    common, others = cursor.uint(2), cursor.uint(4)
-    gaps = list(_gaps(cursor.stream()))
-    if variant == 4:
-        gaps = [256 * coarse + fine for coarse, fine in zip(gaps, cursor.stream(), strict=True)]
+    common, others, fine_bits, escapes = (
+        cursor.uint(2),
+        cursor.varint(),
+        cursor.uint(1),
+        cursor.varint(),
+    )
+    coarse = _gaps(cursor.stream(others + escapes))
+    fine = int.from_bytes(cursor.take(-(-others * fine_bits // 8)), "little")
+    gaps = [
+        (c << fine_bits) + (fine >> i * fine_bits) % (1 << fine_bits) for i, c in enumerate(coarse)
+    ]
     values = packed(cursor, width, others)
     assert len(gaps) == len(values) == others
     found = []

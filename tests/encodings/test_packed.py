@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hubdiff.encodings import ENCODINGS, SEGMENT
+from hubdiff.encodings._frames import write_varint
 from hubdiff.errors import CorruptPayload
 
 PACKED = ENCODINGS["packed"]
-CONSTANT, DIRECT, RANKS, GAPS, WIDE_GAPS = range(5)
+CONSTANT, DIRECT, RANKS, GAPS = range(4)
 UNCHANGED = 0x8000
 
 Delta = Callable[[int, float], np.ndarray]
@@ -42,7 +43,7 @@ def _at(positions: list[int], count: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("step", "unchanged", "variant", "bound"),
     [
-        (2e-7, 0.9975, WIDE_GAPS, 1.3),
+        (2e-7, 0.9975, GAPS, 1.3),
         (1.7e-5, 0.80, GAPS, 1.07),
         (6.5e-5, 0.45, RANKS, 1.07),
         (2.2e-4, 0.16, RANKS, 1.07),
@@ -88,7 +89,7 @@ def test_changes_in_one_column_of_a_matrix_are_sparse() -> None:
     for columns in (16, 256, 1024, 4096):
         bits = np.full(SEGMENT, UNCHANGED, np.uint16)
         bits[::columns] = 0x3C00
-        assert PACKED.encode(bits)[0] in (GAPS, WIDE_GAPS)
+        assert PACKED.encode(bits)[0] == GAPS
 
 
 @pytest.mark.parametrize("gap", [0, 1, 253, 254, 255, 256, 509, 510, 511, 65_535, 65_536, 300_000])
@@ -105,7 +106,7 @@ def test_every_size_of_gap(gap: int, first: int) -> None:
 def test_any_positions_come_back(positions: set[int]) -> None:
     bits = _at(sorted(positions), 40_000)
     blob = PACKED.encode(bits)
-    assert blob[0] in (GAPS, WIDE_GAPS)
+    assert blob[0] == GAPS
     np.testing.assert_array_equal(_decode(blob, bits.size), bits)
 
 
@@ -134,7 +135,7 @@ def test_escapes_at_every_density_come_back() -> None:
 
 
 def _raw(data: bytes) -> bytes:
-    return struct.pack("<II", len(data), len(data)) + data
+    return write_varint(len(data)) + data
 
 
 def _symbols(*symbols: int) -> bytes:
@@ -147,13 +148,15 @@ def _direct(*symbols: int) -> bytes:
 
 
 def _ranks(size: int, ranks: bytes, *symbols: int) -> bytes:
-    return bytes([RANKS, size]) + _raw(ranks) + _symbols(*symbols)
+    escapes = write_varint(len(symbols) - size)
+    return bytes([RANKS, size]) + escapes + _raw(ranks) + _symbols(*symbols)
 
 
-def _gaps(others: int, coarse: bytes, values: bytes, fine: bytes | None = None) -> bytes:
-    variant = GAPS if fine is None else WIDE_GAPS
-    head = struct.pack("<BHI", variant, UNCHANGED, others)
-    return head + _raw(coarse) + (b"" if fine is None else _raw(fine)) + values
+def _gaps(
+    others: int, coarse: bytes, values: bytes, fine_bits: int = 0, fine: bytes = b""
+) -> bytes:
+    head = struct.pack("<BH", GAPS, UNCHANGED) + write_varint(others) + bytes([fine_bits])
+    return head + write_varint(max(0, len(coarse) - others)) + _raw(coarse) + fine + values
 
 
 @pytest.mark.parametrize(
@@ -167,8 +170,12 @@ def _gaps(others: int, coarse: bytes, values: bytes, fine: bytes | None = None) 
         (_gaps(1, b"\x02", _direct(3)), [UNCHANGED, UNCHANGED, 3, UNCHANGED]),
         (_gaps(2, b"\x00\x01", _direct(3, 4)), [3, UNCHANGED, 4, UNCHANGED]),
         (_gaps(1, b"\xff\x00", _direct(3)), [UNCHANGED] * 255 + [3]),
-        (_gaps(2, b"\x00\x00", _direct(3, 4), b"\x01\x00"), [UNCHANGED, 3, 4, UNCHANGED]),
-        (_gaps(1, b"\x01", _direct(3), b"\x02"), [UNCHANGED] * 258 + [3]),
+        (_gaps(2, b"\x00\x00", _direct(3, 4), 1, b"\x01"), [UNCHANGED, 3, 4, UNCHANGED]),
+        (_gaps(1, b"\x01", _direct(3), 8, b"\x02"), [UNCHANGED] * 258 + [3]),
+        (
+            _gaps(2, b"\x01\x00", _direct(3, 4), 3, b"\x2a"),
+            [*[UNCHANGED] * 10, 3, *[UNCHANGED] * 5, 4],
+        ),
     ],
 )
 def test_blobs_written_by_hand_are_read(blob: bytes, expected: list[int]) -> None:
@@ -178,25 +185,27 @@ def test_blobs_written_by_hand_are_read(blob: bytes, expected: list[int]) -> Non
 @pytest.mark.parametrize(
     ("blob", "says"),
     [
-        (b"\x05", "variant 5"),
+        (b"\x04", "variant 4"),
         (b"\xff\x00\x00", "variant 255"),
         (struct.pack("<BB", CONSTANT, 5), "the symbol needs 2 bytes"),
-        (_direct(1, 2), "low bytes of the symbols declares 2 bytes, expected 600"),
+        (bytes([DIRECT]) + _raw(bytes(601)), "low bytes of the symbols stores 601 bytes for 600"),
         (_ranks(3, bytes([3]) * 600, 7, 8, 9), "a rank is beyond the table of 3"),
         (_ranks(1, bytes([254]) * 600, 7), "a rank is beyond the table of 1"),
-        (_ranks(1, bytes([255]) * 600, 7), "expected 601"),
-        (_gaps(0, b"", b""), "0 others among 600"),
-        (_gaps(301, b"\x00" * 301, b""), "301 others among 600"),
-        (struct.pack("<BHI", GAPS, 0, 0xFFFFFFFF), "4294967295 others"),
-        (_gaps(2, b"\x00", b""), "the gaps declares 1 bytes, expected 2 to 4"),
-        (_gaps(1, b"\x00" * 4, b""), "the gaps declares 4 bytes, expected 1 to 3"),
+        (_ranks(1, bytes([255]) * 600, 7), "the ranks have 600 escapes, 0 are declared"),
+        (_ranks(1, bytes(600), 7, 8), "the ranks have 0 escapes, 1 are declared"),
+        (bytes([RANKS, 1]) + write_varint(601), "number of escapes is 601, expected 0 to 600"),
+        (_gaps(0, b"", b""), "the number of others is 0, expected 1 to 300"),
+        (_gaps(301, b"\x00" * 301, b""), "the number of others is 301, expected 1 to 300"),
+        (_gaps(0xFFFFFFFF, b"", b""), "the number of others is 4294967295"),
+        (_gaps(1, b"\x00", _direct(3), 17, bytes(3)), "have 17 fine bits, 16 at most"),
+        (_gaps(1, b"\x00" * 4, b""), "escapes in the gaps is 3, expected 0 to 2"),
+        (_gaps(1, b"\x00" * 2, _direct(3), 2, b"\x00"), "in the gaps is 1, expected 0 to 0"),
         (_gaps(1, b"\xff", _direct(3)), "the gaps are not 1"),
         (_gaps(1, b"\x00\xff", _direct(3)), "the gaps are not 1"),
         (_gaps(1, b"\x00\x00", _direct(3)), "the gaps are not 1"),
         (_gaps(1, b"\xff\xff\x5a", _direct(3)), "the gaps reach element 600 of 600"),
-        (_gaps(1, b"\xfe", _direct(3), b"\x00"), "the gaps reach element 65024 of 600"),
-        (_gaps(2, b"\x00\x00", _direct(3, 4), b"\x00"), "the fine gaps declares 1 bytes"),
-        (_gaps(1, b"\x00", _direct(3, 4)), "declares 2 bytes, expected 1"),
+        (_gaps(1, b"\xfe", _direct(3), 8, b"\x00"), "the gaps reach element 65024 of 600"),
+        (_gaps(2, b"\x00\x00", b"", 8, b"\x00"), "the fine bits of the gaps needs 2 bytes"),
         (_gaps(1, b"\x00", _gaps(1, b"\x00", _direct(3))), "variant 3"),
         (_gaps(1, b"\x00", b""), "the variant of the others needs 1 bytes"),
         (_gaps(1, b"\x00", _direct(3)) + b"\x00", "1 bytes follow"),
@@ -207,12 +216,13 @@ def test_impossible_blobs_are_refused_by_name(blob: bytes, says: str) -> None:
         _decode(blob, 600)
 
 
-@pytest.mark.parametrize("fine", [None, b"\x00"])
-def test_the_most_expensive_gaps_cost_a_small_multiple(fine: bytes | None) -> None:
+@pytest.mark.parametrize("fine_bits", [0, 16])
+def test_the_most_expensive_gaps_cost_a_small_multiple(fine_bits: int) -> None:
     count = 1 << 18
     others = count // 2
-    coarse = b"\xff" * (count // 255) + bytes(others)
-    blob = _gaps(others, coarse, _direct(*[1] * others), None if fine is None else fine * others)
+    coarse = b"\xff" * ((count >> fine_bits) // 255) + bytes(others)
+    fine = bytes(others * fine_bits // 8)
+    blob = _gaps(others, coarse, _direct(*[1] * others), fine_bits, fine)
     out = np.empty(count, np.uint16)
     tracemalloc.start()
     with contextlib.suppress(CorruptPayload):
