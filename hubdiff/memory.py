@@ -1,9 +1,12 @@
-"""How this process handles freed memory."""
+"""How much memory this process keeps. What the first and the last function set holds for the whole
+process, so they are the command line's to call, not the library's."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from collections.abc import Callable
 
 # Parameters of glibc's mallopt(3), and the largest threshold that it takes.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -14,14 +17,32 @@ _MOST_KEPT = 256 << 20
 def keep_freed_memory() -> None:
     """Let freed arrays be used again at once. A run makes and drops arrays of some megabytes by the
     thousand; glibc gives each back to the system, and its pages then come back one fault at a time,
-    zeroed and cold: a fifth of the time of ``apply``. Elsewhere than on glibc nothing happens.
+    zeroed and cold: a fifth of the time of ``apply``. Elsewhere than on glibc nothing happens."""
+    mallopt = _glibc("mallopt")
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST)
+        mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
 
-    It holds for the whole process, so it is the command line's to call, not the library's."""
+
+def give_back_freed_memory() -> None:
+    """The opposite, once: before something else begins that needs memory of its own."""
+    trim = _glibc("malloc_trim")
+    if trim:
+        trim(0)
+
+
+def _glibc(name: str) -> Callable[..., int] | None:
     if sys.platform != "linux":
-        return
+        return None
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError):  # another C library
-        return
-    mallopt(_M_MMAP_THRESHOLD, _LARGEST)
-    mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT)
+        return None
+    return function
+
+
+def upload_in_small_blocks() -> None:
+    """Let the Hub's uploader read files a megabyte at a time, unless the user chose a size. With
+    the 8 MB of its own it holds a gigabyte by the end of a file of two, and is slower. It reads
+    this when it is first used."""
+    os.environ.setdefault("HF_XET_DATA_INGESTION_BLOCK_SIZE", "1mb")

@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import click
 
 from hubdiff.cli._progress import open_progress
-from hubdiff.memory import keep_freed_memory
+from hubdiff.memory import keep_freed_memory, upload_in_small_blocks
 from hubdiff.progress import Progress, Silent
 from hubdiff.ranks import Ranks, join, launched, launched_rank
 
@@ -63,6 +63,7 @@ class Session:
     def _progress(self, if_stopped: str) -> Iterator[Progress]:
         self.if_stopped = if_stopped
         keep_freed_memory()
+        upload_in_small_blocks()
         if self.rank:
             yield Silent()
         else:

@@ -28,6 +28,7 @@ from hubdiff.hub.client import api, model_info, quiet, subject
 from hubdiff.hub.retry import retrying
 from hubdiff.hub.translate import translated
 from hubdiff.hub.tree import HubTree, damaged, list_files, no_file
+from hubdiff.memory import give_back_freed_memory
 from hubdiff.refs import ModelRef, PinnedRef
 
 # The Hub keeps no file over 10 MB inside the commit itself, so any file it may ask for again at
@@ -91,6 +92,7 @@ class HubUpload:
             self.add_bytes(path, local.read_bytes())
             return
         operation = CommitOperationAdd(safe_path(path), local)
+        give_back_freed_memory()
         self._store([operation])
         self._operations.append(operation)
 

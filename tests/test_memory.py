@@ -1,0 +1,58 @@
+"""What the command line sets for its process, and the library does not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hubdiff.memory import give_back_freed_memory, upload_in_small_blocks
+
+BLOCK = "HF_XET_DATA_INGESTION_BLOCK_SIZE"
+
+
+@pytest.mark.parametrize(("chosen", "used"), [(None, "1mb"), ("4mb", "4mb")])
+def test_the_size_of_uploaded_blocks_is_the_users_to_choose(
+    chosen: str | None, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(BLOCK, raising=False)
+    if chosen:
+        monkeypatch.setenv(BLOCK, chosen)
+    else:
+        monkeypatch.setenv(BLOCK, "")  # so that it is taken back
+        del os.environ[BLOCK]
+    upload_in_small_blocks()
+    assert os.environ[BLOCK] == used
+
+
+def test_the_library_sets_nothing() -> None:
+    code = f"import hubdiff, os; hubdiff.push_delta; print(os.environ.get({BLOCK!r}))"
+    env = {name: value for name, value in os.environ.items() if name != BLOCK}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "None"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps and gives back")
+def test_freed_memory_is_given_back() -> None:
+    code = """
+import numpy as np
+from hubdiff.memory import give_back_freed_memory, keep_freed_memory
+keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+blocks = [np.ones(4 << 20, np.uint8) for _ in range(40)]
+del blocks
+kept = resident()
+give_back_freed_memory()
+print(kept - resident() > 100 << 20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
+def test_giving_back_nothing_is_no_error() -> None:
+    give_back_freed_memory()
