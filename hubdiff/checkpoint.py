@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hubdiff.errors import BadIndex, CheckpointError, IsADelta, NoWeights
-from hubdiff.files import ByteReader, FileTree
+from hubdiff.files import ByteReader, FileTree, LocalReader
 from hubdiff.safetensors_io import Header, TensorEntry, read_header
 
 SINGLE = "model.safetensors"
@@ -43,6 +43,8 @@ class Checkpoint:
     tensors: dict[str, Placed]
     config: dict[str, Any]
     index: bytes | None
+    # Nothing is read twice: the system need not cache it.
+    once: bool = False
     _readers: dict[str, ByteReader] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -52,6 +54,13 @@ class Checkpoint:
             if file not in self._readers:
                 self._readers[file] = self._stack.enter_context(self.tree.open(file))
             return self._readers[file]
+
+    def read_into(self, file: str, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes of a file from ``offset`` on."""
+        reader = self.reader(file)
+        reader.read_into(offset, buffer)
+        if self.once and isinstance(reader, LocalReader):
+            reader.forget(offset, len(buffer))
 
     def where(self, file: str) -> str:
         return f"{self.tree.pin}/{file}"

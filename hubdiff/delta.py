@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hubdiff.checkpoint import MANIFEST, Checkpoint, Placed
+from hubdiff.checkpoint import Checkpoint, Placed
 from hubdiff.encodings import ENCODINGS, SEGMENT
 from hubdiff.encodings.payload import index_bytes
-from hubdiff.errors import BadManifest, CorruptPayload, DeltaError, NotADelta
+from hubdiff.errors import BadManifest, CorruptPayload, DeltaError
 from hubdiff.files import FileTree, open_tree
-from hubdiff.manifest import GROUPS, Manifest, TensorRecord, parse_manifest
+from hubdiff.manifest import GROUPS, Manifest, TensorRecord, read_manifest
 from hubdiff.payloads import DAMAGED, Index, PlacedPart, SpanBytes, SpanPayload
 from hubdiff.refs import ModelRef
 from hubdiff.safetensors_io import read_header, tensor_bytes
@@ -41,6 +41,7 @@ class Delta:
     _layers: dict[str, Checkpoint] = field(default_factory=dict)
     _indices: dict[tuple[str, str], Index] = field(default_factory=dict)
     _factors: OrderedDict[str, Index] = field(default_factory=OrderedDict)
+    _once: bool = False
     _stack: ExitStack = field(default_factory=ExitStack)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -55,8 +56,14 @@ class Delta:
                 self._layers[group] = self._open_layer(group)
             return self._layers[group]
 
+    def read_once(self) -> None:
+        """Nothing of it is read twice: the system need not cache it."""
+        self._once = True
+        for layer in self._layers.values():
+            layer.once = True
+
     def _open_layer(self, group: str) -> Checkpoint:
-        checkpoint = Checkpoint(self.tree, {}, {}, {}, None)
+        checkpoint = Checkpoint(self.tree, {}, {}, {}, None, self._once)
         self._stack.callback(checkpoint.close)
         for file in self.manifest.layers[group]:
             where = f"{self.tree.pin}/{file.path}"
@@ -202,13 +209,7 @@ class Delta:
 @contextmanager
 def open_delta_tree(tree: FileTree) -> Iterator[Delta]:
     """Open the delta in ``tree``. Raises ``NotADelta``, ``NewerFormat``, ``BadManifest``."""
-    if MANIFEST not in tree.files():
-        raise NotADelta(
-            f"{tree.pin} has no {MANIFEST}: it is not a delta",
-            next_step="A delta is made with: hubdiff push-delta TUNED REPO --base BASE.",
-        )
-    manifest = parse_manifest(tree.read_bytes(MANIFEST), f"{tree.pin}/{MANIFEST}")
-    delta = Delta(tree, manifest)
+    delta = Delta(tree, read_manifest(tree))
     try:
         yield delta
     finally:

@@ -28,6 +28,7 @@ from hubdiff.layers import (
     number,
 )
 from hubdiff.manifest import GROUPS, PROBE_BYTES, FileRecord, Part, TensorRecord
+from hubdiff.memory import fits_in_cache
 from hubdiff.pair import Pair, TensorPair
 from hubdiff.progress import Progress
 from hubdiff.ranks import ALONE, Ranks
@@ -127,6 +128,10 @@ def extract(
     mine = ranks.share(list(shards), lambda file: shards[file].file_size)
     if any(needs_torch(item) for item in pair.tensors.values()):
         import torch  # noqa: F401 - before the threads that use it begin
+    sides = [side for side in (pair.tuned, pair.base, pair.master) if side]
+    if not fits_in_cache(sum(h.file_size for side in sides for h in side.shards.values())):
+        for side in sides:
+            side.once = True
     progress.start("comparing tuned and base", sum(shards[file].file_size for file in mine))
     remote = any(
         side.tree.is_remote(file) for side in (pair.tuned, pair.base) for file in side.shards

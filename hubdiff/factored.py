@@ -28,6 +28,7 @@ from hubdiff.hashing import FileHashes, Lane, tensor_hash
 from hubdiff.layers import LayerWriter, header_room, number
 from hubdiff.manifest import (
     GROUPS,
+    LOW_RANK,
     PROBE_BYTES,
     FileRecord,
     Lossy,
@@ -368,7 +369,7 @@ class _Layers:
         begin = layer.begin()
         layer.append(payload)
         digest = layer.store(name, "U8", (len(payload),), begin)
-        return Part("delta", ("hi",), low_rank.NAME, "F32", len(payload), digest, said)
+        return Part("delta", ("hi",), LOW_RANK, "F32", len(payload), digest, said)
 
     def keep(self, record: TensorRecord) -> TensorRecord:
         """Copy every part of a record."""

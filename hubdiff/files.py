@@ -159,6 +159,11 @@ class LocalReader:
                 )
             view, offset = view[count:], offset + count
 
+    def forget(self, offset: int, size: int) -> None:
+        """Let the system drop what it caches of these bytes."""
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         os.close(self._fd)
 

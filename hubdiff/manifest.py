@@ -12,13 +12,14 @@ import binascii
 import json
 import re
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import zstandard
 
 from hubdiff import fields
-from hubdiff.encodings import low_rank
-from hubdiff.errors import NewerFormat
+from hubdiff.checkpoint import MANIFEST
+from hubdiff.errors import NewerFormat, NotADelta
+from hubdiff.files import FileTree
 from hubdiff.names import Rename
 from hubdiff.safetensors_io import (
     DTYPE_BITS,
@@ -26,6 +27,9 @@ from hubdiff.safetensors_io import (
     first_repeated,
     tensor_bytes,
 )
+
+if TYPE_CHECKING:
+    from hubdiff.encodings.low_rank import Product
 
 FORMAT_VERSION = 1
 GROUPS = ("delta", "tail", "exact")
@@ -37,6 +41,7 @@ LAYERS = {
     "tail": (("lo",),),
     "exact": (("raw",), ("ulp",)),
 }
+LOW_RANK = "low-rank"  # the encoding of parts that are factors
 _FLOATS = ("BF16", "F16", "F32")
 # Sources of a file that is put together from tensors, under a header of its own.
 _REBUILT = ("weights", "adapter")
@@ -101,8 +106,10 @@ class LowRank:
     error: float
     energy: float | None
 
-    def product(self, shape: tuple[int, ...]) -> low_rank.Product:
-        return low_rank.Product.of(shape, self.rank, self.dtype, self.scale)
+    def product(self, shape: tuple[int, ...]) -> Product:
+        from hubdiff.encodings.low_rank import Product  # numpy: not for who reads a manifest only
+
+        return Product.of(shape, self.rank, self.dtype, self.scale)
 
 
 @dataclass(frozen=True)
@@ -254,6 +261,17 @@ class Manifest:
         if self.lossy is not None:
             document["lossy"] = asdict(self.lossy)
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def read_manifest(tree: FileTree) -> Manifest:
+    """The manifest of the delta in ``tree``. Raises ``NotADelta``, ``NewerFormat`` or
+    ``BadManifest``."""
+    if MANIFEST not in tree.files():
+        raise NotADelta(
+            f"{tree.pin} has no {MANIFEST}: it is not a delta",
+            next_step="A delta is made with: hubdiff push-delta TUNED REPO --base BASE.",
+        )
+    return parse_manifest(tree.read_bytes(MANIFEST), f"{tree.pin}/{MANIFEST}")
 
 
 def parse_manifest(text: bytes, where: str) -> Manifest:
@@ -509,7 +527,7 @@ def _low_rank(reader: fields.Fields) -> LowRank:
         rank=reader.get("rank", fields.positive),
         alpha=reader.get("alpha", fields.optional(fields.finite)),
         scale=reader.get("scale", fields.finite),
-        dtype=reader.get("dtype", fields.one_of(*low_rank.DTYPES)),
+        dtype=reader.get("dtype", fields.one_of(*_FLOATS)),
         error=reader.get("error", fields.number),
         energy=reader.get("energy", fields.optional(fields.number)),
     )
@@ -522,7 +540,7 @@ def _part(reader: fields.Fields) -> Part:
         known = [list(layers) for layers in LAYERS[group]]
         raise reader.bad("layers", f"is {list(layers)!r}; known are {known}")
     encoding = reader.get("encoding", fields.string)
-    factors = reader.child("low_rank") if encoding == low_rank.NAME else None
+    factors = reader.child("low_rank") if encoding == LOW_RANK else None
     return Part(
         group=group,
         layers=layers,

@@ -41,6 +41,15 @@ def _glibc(name: str) -> Callable[..., int] | None:
     return function
 
 
+def fits_in_cache(nbytes: int) -> bool:
+    """Whether files of so many bytes, read and written, may stay in the system's cache. A stream
+    that is larger pushes out what it is about to read itself, and everybody else's files."""
+    try:
+        return nbytes <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return True
+
+
 def upload_in_small_blocks() -> None:
     """Let the Hub's uploader read files a megabyte at a time, unless the user chose a size. With
     the 8 MB of its own it holds a gigabyte by the end of a file of two, and is slower. It reads

@@ -19,6 +19,7 @@ from hubdiff.errors import IntegrityError, WrongBase
 from hubdiff.files import ByteReader
 from hubdiff.hashing import FileHashes, Lane, StreamHash, check_hash, hash_bytes, tensor_hash
 from hubdiff.manifest import FileRecord, TensorRecord
+from hubdiff.memory import fits_in_cache
 from hubdiff.payloads import PayloadHashes, SpanBytes
 from hubdiff.plan import OWN_BASE, MergePlan, Step, WeightsFile, WholeFile
 from hubdiff.progress import Progress
@@ -58,6 +59,8 @@ def run(
     if any(needs_torch(step, device) for file in plan.weights for step in file.steps.values()):
         import torch  # noqa: F401 - before the threads that use it begin
     files = in_order(plan) if files is None else files
+    if not fits_in_cache(sum(plan.reads.values()) + plan.writes):
+        _read_once(plan)
     progress.start("merging", sum(map(written, files)))
     records: list[FileRecord] = []
     trims = Trims()
@@ -71,6 +74,13 @@ def run(
         progress.advance(file.size)
     progress.finish()
     return records
+
+
+def _read_once(plan: MergePlan) -> None:
+    plan.target.once = True
+    if plan.method is None or not plan.method.trims:  # which reads a Δ for its threshold first
+        for item in plan.deltas:
+            item.delta.read_once()
 
 
 def in_order(plan: MergePlan) -> list[WeightsFile | WholeFile]:

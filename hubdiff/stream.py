@@ -149,7 +149,7 @@ def read_ranges(
         begin, end = run[0].begin, run[-1].end
         whole = buffer(end - begin)
         if len(whole):
-            source.reader(run[0].file).read_into(begin, whole)
+            source.read_into(run[0].file, begin, whole)
         for item in run:
             views[item] = whole[item.begin - begin : item.end - begin]
     return views

@@ -27,7 +27,7 @@ from hubdiff.device import Cpu, Gpu
 from hubdiff.encodings import ENCODINGS, SEGMENT, Stream
 from hubdiff.encodings._frames import write_varint
 from hubdiff.errors import CorruptPayload, RefError
-from hubdiff.jobs.apply import choose_device
+from hubdiff.jobs.merging import choose_device
 from hubdiff.manifest import Part
 from hubdiff.merge import engine_for
 from hubdiff.numerics import DTYPES, Difference

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import hubdiff
+from hubdiff.files import LocalReader
 from hubdiff.memory import give_back_freed_memory, upload_in_small_blocks
+from tests import models
 
 BLOCK = "HF_XET_DATA_INGESTION_BLOCK_SIZE"
 
@@ -56,3 +60,33 @@ print(kept - resident() > 100 << 20)
 
 def test_giving_back_nothing_is_no_error() -> None:
     give_back_freed_memory()
+
+
+def test_streams_that_do_not_fit_leave_nothing_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read is dropped, the bytes of the result are the same."""
+    dropped: list[int] = []
+    monkeypatch.setattr(LocalReader, "forget", lambda self, offset, size: dropped.append(size))
+    base = models.weights()
+    tuned = models.moved(base)
+    models.save(tmp_path / "base", base)
+    models.save(tmp_path / "tuned", tuned)
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in base.values())
+
+    def push_and_apply(name: str) -> tuple[int, int]:
+        dropped.clear()
+        delta, output = tmp_path / f"delta-{name}", tmp_path / f"out-{name}"
+        hubdiff.push_delta(tmp_path / "tuned", delta, base=tmp_path / "base", plain=True)
+        pushed = sum(dropped)
+        hubdiff.apply(delta, tmp_path / "base", output=output)
+        assert models.hashes(output)["model.safetensors"] == models.hashes(tmp_path / "tuned").get(
+            "model.safetensors"
+        )
+        return pushed, sum(dropped) - pushed
+
+    assert push_and_apply("fits") == (0, 0)
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    pushed, applied = push_and_apply("does-not")
+    assert pushed == 2 * nbytes
+    assert applied > 1.5 * nbytes  # base, and Δ of all tensors but the norms

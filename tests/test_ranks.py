@@ -31,7 +31,7 @@ from hubdiff.cli import run
 from hubdiff.devhub import DevHub
 from hubdiff.errors import OutputExists
 from hubdiff.hub import HubTree, HubUpload, upload
-from hubdiff.jobs import apply as apply_job
+from hubdiff.jobs import merging
 from hubdiff.jobs.push import push_delta
 from hubdiff.jobs.together import open_alike
 from hubdiff.ranks import Ranks, launched
@@ -468,14 +468,14 @@ def test_only_torchrun_makes_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_rank_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPUs are not here: what is tested is which of them is asked for."""
-    monkeypatch.setattr(apply_job, "_cuda_driver", lambda: True)
+    monkeypatch.setattr(merging, "_cuda_driver", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    chosen = [str(apply_job.choose_device("auto", _rank(k, 8))) for k in range(8)]
+    chosen = [str(merging.choose_device("auto", _rank(k, 8))) for k in range(8)]
     assert chosen == [f"cuda:{k % 4}" for k in range(8)]
-    assert str(apply_job.choose_device("cuda", _rank(2, 4))) == "cuda:2"
-    assert str(apply_job.choose_device("cuda:1", _rank(2, 4))) == "cuda:1"
-    assert str(apply_job.choose_device("cpu", _rank(2, 4))) == "cpu"
+    assert str(merging.choose_device("cuda", _rank(2, 4))) == "cuda:2"
+    assert str(merging.choose_device("cuda:1", _rank(2, 4))) == "cuda:1"
+    assert str(merging.choose_device("cpu", _rank(2, 4))) == "cpu"
 
 
 def test_a_rank_that_outlives_rank_0_keeps_the_next_run_out(tmp_path: Path) -> None:

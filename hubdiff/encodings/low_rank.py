@@ -21,7 +21,6 @@ import numpy as np
 
 from hubdiff.encodings._frames import corrupt
 
-NAME = "low-rank"
 DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # of the factors, with their bytes
 _TILE = (64, 2048)  # rows and columns of the sums in work: 1 MiB, which stays in the cache
 

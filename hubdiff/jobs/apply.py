@@ -2,52 +2,42 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from hubdiff._version import __version__
 from hubdiff.card import result_card
-from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint
-from hubdiff.delta import open_delta_tree
-from hubdiff.errors import CannotApply, RefError, WrongBase
+from hubdiff.checkpoint import MANIFEST
+from hubdiff.errors import RefError, WrongBase
 from hubdiff.facts import RepoFacts, facts, facts_in, note_problems
-from hubdiff.files import FileTree
 from hubdiff.hashing import hash_bytes
-from hubdiff.jobs.together import conclude, glimpse, hand_in, open_alike, publish
+from hubdiff.jobs.merging import DeltaRef, choose_device, method_of, opened_models, run_plan
+from hubdiff.jobs.record import result_message, result_record
+from hubdiff.jobs.together import conclude, glimpse, hand_in, publish
 from hubdiff.manifest import FileRecord
 from hubdiff.pair import Filters
 from hubdiff.plan import (
     CARD,
-    METHODS,
     OWN_BASE,
     MergePlan,
-    Method,
-    Weighted,
     WeightsFile,
     WholeFile,
-    float32,
     make_plan,
 )
 from hubdiff.progress import Progress, Silent
 from hubdiff.ranks import ALONE, Ranks
-from hubdiff.refs import ModelRef, parse_weighted
-from hubdiff.scales import Scales, is_number
+from hubdiff.refs import ModelRef
+from hubdiff.scales import Scales
 from hubdiff.writer import RESULT, Sink, open_sink, output_folder
 
-R = TypeVar("R")
 RECORD = RESULT.marker
 # Whole files up to this size, such as configs and tokenizers, are rank 0's; larger ones are shared.
 SMALL_FILE = 16 << 20
-# A delta as a caller names it: a ref, which may end in ":WEIGHT", or a ref and its weight.
-DeltaRef = str | Path | tuple[str | Path, float]
-TIES_DENSITY = 0.2
 
 
 @dataclass(frozen=True)
@@ -145,48 +135,6 @@ def apply(
     return replace(applied, seconds=time.monotonic() - began)
 
 
-def run_plan(plan: MergePlan, filters: Filters, run: Callable[[MergePlan], R]) -> R:
-    """``run`` the plan, or where it shows that the target only looked like the own base, the plan
-    of a transfer."""
-    try:
-        return run(plan)
-    except WrongBase:
-        if plan.proved:
-            raise
-        # The sampled tensors were the base's, another was not: it is a sibling after all.
-        return run(make_plan(plan.deltas, plan.target, filters=filters, as_transfer=True))
-
-
-def method_of(name: str, density: float | None, seed: int | None) -> Method:
-    """The method of that name. Raises ``CannotApply`` for a setting that it does not take, or a
-    value that makes no sense."""
-    if name not in METHODS:
-        raise CannotApply(
-            f"there is no method {name!r}", next_step=f"Use one of {', '.join(METHODS)}."
-        )
-    for setting, value in (("density", density), ("seed", seed)):
-        if value is not None and setting not in METHODS[name]:
-            raise CannotApply(
-                f"the method {name} takes no {setting}", next_step=f"Leave out --{setting}."
-            )
-    if density is None and name == "dare":
-        raise CannotApply(
-            "the method dare needs a density, the share of Δ that it keeps",
-            next_step="Give --density D, for example 0.1.",
-        )
-    if density is None:
-        density = TIES_DENSITY if name == "ties" else 1.0
-    if not is_number(density) or not 0 < density <= 1:
-        raise CannotApply(
-            f"the density {density!r} is not a share", next_step="Give --density D, 0 < D <= 1."
-        )
-    if seed is not None and (not is_number(seed) or seed != int(seed) or seed < 0):
-        raise CannotApply(
-            f"the seed {seed!r} is no whole number from 0", next_step="Give --seed N, 0 <= N."
-        )
-    return Method(name, density, seed or 0)
-
-
 def _destination(output: str | Path | None, push_to: str | None) -> ModelRef:
     if (output is None) == (push_to is None):
         raise RefError(
@@ -201,46 +149,6 @@ def _destination(output: str | Path | None, push_to: str | None) -> ModelRef:
             f"{push_to} is a folder, --push-to takes a repo", next_step="Use --output for a folder."
         )
     return ref
-
-
-@contextmanager
-def opened_models(
-    delta: str | Path | Sequence[DeltaRef], to: str | Path, cache: bool, ranks: Ranks = ALONE
-) -> Iterator[tuple[list[Weighted], Checkpoint]]:
-    """The deltas with their weights and the target they go onto, open."""
-    with ExitStack() as stack:
-        named = weighted_refs(delta)
-        *deltas, target_tree = open_alike(
-            ranks, [*(ref for ref, _ in named), ModelRef.parse(to)], cache=cache
-        )
-        assert target_tree is not None
-        opened = []
-        for tree, (_, weight) in zip(deltas, named, strict=True):
-            assert tree is not None
-            opened.append(Weighted(stack.enter_context(open_delta_tree(tree)), weight))
-        yield opened, stack.enter_context(open_checkpoint(target_tree))
-
-
-def weighted_refs(delta: str | Path | Sequence[DeltaRef]) -> list[tuple[ModelRef, float]]:
-    """Every delta that a caller names, with its weight. Raises ``RefError``, or ``CannotApply`` for
-    a weight that float32 can't hold."""
-    if isinstance(delta, str | Path):
-        delta = [delta]
-    if not delta:
-        raise RefError("no delta was given", next_step="Name one delta or several.")
-    found = []
-    for item in delta:
-        if isinstance(item, str | Path):
-            found.append(parse_weighted(item))
-        elif isinstance(item, tuple) and len(item) == 2 and is_number(item[1]):
-            found.append((ModelRef.parse(item[0]), float(item[1])))
-        else:
-            raise RefError(
-                f"{item!r} is neither a ref nor a pair (ref, weight)",
-                next_step='Write [("org/delta", 0.7), "org/other:0.5"].',
-            )
-        float32(found[-1][1], f"the weight of {found[-1][0]}")
-    return found
 
 
 class Cards(NamedTuple):
@@ -339,7 +247,7 @@ class _Apply:
     ) -> Applied:
         """Describe the result and publish it."""
         files += self._describe(plan, sink, files, cards)
-        published = publish(self.ranks, sink, _message(plan))
+        published = publish(self.ranks, sink, result_message(plan))
         return Applied(
             plan.as_json(),
             False,
@@ -354,7 +262,7 @@ class _Apply:
         self, plan: MergePlan, sink: Sink, files: list[FileRecord], cards: Cards
     ) -> list[FileRecord]:
         """The record, and a card unless the tuned repo's own README came back."""
-        record = self._record(plan, files)
+        record = result_record(plan, self.filters, self.command, files)
         described = [sink.put(RECORD, (json.dumps(record, indent=2) + "\n").encode())]
         if plan.case != OWN_BASE:
             card = result_card(
@@ -366,99 +274,6 @@ class _Apply:
             )
             described.append(sink.put(CARD, str(card).encode()))
         return described
-
-    def _record(self, plan: MergePlan, files: list[FileRecord]) -> dict[str, Any]:
-        target, described = facts(plan.target.tree), plan.as_json()
-        return {
-            "hubdiff_version": __version__,
-            "case": plan.case,
-            "reason": plan.reason,
-            "scale": described["scale"],
-            "method": described["method"],
-            "filters": asdict(self.filters) if self.filters else None,
-            "deltas": [_described(item) for item in plan.deltas],
-            "target": {
-                **_identity(plan.target.tree),
-                "licence": target.licence,
-                "gated": target.gated,
-                "files": [_content(plan.target.tree, path) for path in plan.target.shards],
-            },
-            "command": list(self.command) if self.command else None,
-            "side_files": [
-                {"path": file.path, "source": _source(file, plan), "note": file.note}
-                for file in plan.files
-            ],
-            "left_out": described["left_out"],
-            "added": described["added"],
-            "kept": described["kept"],
-            "notes": described["notes"],
-            "files": [asdict(file) for file in files],
-        }
-
-
-def _source(file: WholeFile, plan: MergePlan) -> str:
-    """Whose a side file is, in the words of the record."""
-    source = {"target": "target", "delta": "tuned", "made": "merged"}[file.origin]
-    owner = next((item.name for item in plan.deltas if item.delta is file.delta), None)
-    return f"{source} ({owner})" if owner and len(plan.deltas) > 1 else source
-
-
-def _described(item: Weighted) -> dict[str, Any]:
-    """A delta, as the record has it."""
-    tree, manifest = item.delta.tree, item.delta.manifest
-    return {
-        **_identity(tree),
-        "manifest_sha256": hash_bytes(tree.read_bytes(MANIFEST)),
-        "weight": item.weight,
-        "base": _without_files(asdict(manifest.base)),
-        "tuned": _without_files(asdict(manifest.tuned)),
-    }
-
-
-def choose_device(name: str, ranks: Ranks = ALONE) -> str:
-    """The name of a torch device that is here: ``cpu``, ``cuda:N`` or ``mps``; of several ranks on
-    a machine with several GPUs each gets its own for ``auto`` and ``cuda``. torch itself is asked
-    only where a GPU is in question. Raises ``RefError`` for a device that is not here."""
-    if name == "auto" and not _cuda_driver():
-        name = "cpu"
-    if name == "cpu":
-        return name
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and ranks.size > 1 and torch.cuda.is_available():
-        name = f"cuda:{ranks.local % torch.cuda.device_count()}"
-    kind = name.partition(":")[0]
-    here = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not here.get(kind, False):
-        raise RefError(
-            f"there is no device {name!r} here", next_step="Use --device auto, or --device cpu."
-        )
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RefError(
-            f"{name!r} is not a device", next_step="Write cpu, cuda, cuda:N or mps."
-        ) from error
-    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RefError(
-            f"there is no {name}, only {torch.cuda.device_count()} CUDA devices",
-            next_step="Use --device auto.",
-        )
-    return str(device)
-
-
-def _cuda_driver() -> bool:
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 def _cost(plan: MergePlan, file: WeightsFile | WholeFile, destination: ModelRef) -> int:
@@ -510,32 +325,3 @@ def _run_name(plan: MergePlan, filters: Filters) -> str:
         asdict(filters),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _message(plan: MergePlan) -> str:
-    names = [_identity(item.delta.tree)["name"] for item in plan.deltas]
-    if plan.case == OWN_BASE:
-        return f"Rebuild of {plan.deltas[0].delta.manifest.tuned.name} from {names[0]}"
-    deltas = ", ".join(
-        name if item.weight == 1 else f"{name} × {item.weight:g}"
-        for name, item in zip(names, plan.deltas, strict=True)
-    )
-    method = f" ({plan.method})" if plan.method else ""
-    scale = "" if plan.scale.one == 1.0 else f" at scale {plan.scale}"
-    return f"{deltas} applied to {_identity(plan.target.tree)['name']}{method}{scale}"
-
-
-def _identity(tree: FileTree) -> dict[str, Any]:
-    pin = tree.pin
-    name = pin.repo or (pin.path.resolve().name if pin.path else "")
-    return {"name": name, "repo": pin.repo, "revision": pin.ref.revision, "commit": pin.commit}
-
-
-def _content(tree: FileTree, path: str) -> dict[str, Any]:
-    """A file by size, and by sha256 where one is listed: a folder's weights are not read for it."""
-    info = tree.files()[path]
-    return {"path": path, "size": info.size, "sha256": info.sha256}
-
-
-def _without_files(side: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in side.items() if k not in ("files", "side_files")}

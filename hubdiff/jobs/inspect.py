@@ -1,4 +1,4 @@
-"""inspect: what a delta is, from its manifest alone. Never imports torch."""
+"""inspect: what a delta is, from its manifest alone. Never imports torch, nor numpy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hubdiff.delta import open_delta
-from hubdiff.manifest import Manifest, Side
+from hubdiff.files import open_tree
+from hubdiff.manifest import Manifest, Side, read_manifest
 from hubdiff.picture import LayerRow, group_by_layer
+from hubdiff.refs import ModelRef
 from hubdiff.summary import Summary, summarise
 
 
@@ -76,8 +77,8 @@ def inspect(delta: str | Path, *, cache: bool = False) -> Inspection:
     """Describe the delta at a ref or in a folder. Reads its manifest, no weights. ``cache`` keeps
     what is downloaded in the local Hub cache. Raises ``HubError``, ``NotADelta``, ``NewerFormat``
     or ``BadManifest``."""
-    with open_delta(delta, cache=cache) as opened:
-        return Inspection(str(opened.tree.pin), opened.manifest)
+    tree = open_tree(ModelRef.parse(delta), cache=cache)
+    return Inspection(str(tree.pin), read_manifest(tree))
 
 
 def _side(side: Side) -> dict[str, Any]:

@@ -14,14 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from hubdiff.configs import quantised
 from hubdiff.errors import CheckpointError, HubdiffError
-from hubdiff.jobs.apply import (
-    DeltaRef,
-    apply,
-    choose_device,
-    method_of,
-    opened_models,
-    run_plan,
-)
+from hubdiff.jobs.apply import apply
+from hubdiff.jobs.merging import DeltaRef, choose_device, method_of, opened_models, run_plan
 from hubdiff.pair import Filters
 from hubdiff.plan import OWN_BASE, MergePlan, make_plan
 from hubdiff.progress import Silent
