@@ -149,8 +149,13 @@ class _GpuWork:
         if 8 * width not in ENCODINGS[part.encoding].widths or part.encoding not in _RENDERED:
             return self.place(decode_blob(part, blob, count, where))
         blob_on_device = _Blob(self._load, self.device, count, width)
-        with blamed(where):
-            bits = _RENDERED[part.encoding](blob_on_device, blob)
+        try:
+            with blamed(where):
+                bits = _RENDERED[part.encoding](blob_on_device, blob)
+        except CorruptPayload:
+            # Of several faults the CPU meets another one first: the same words on every device.
+            decode_blob(part, blob, count, where)
+            raise
         if blob_on_device.wrong:
             wrong = torch.stack(blob_on_device.wrong).any()
             self._doubts.append((wrong, lambda: decode_blob(part, blob, count, where), where))

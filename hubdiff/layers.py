@@ -17,13 +17,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
 from hubdiff.encodings import SEGMENT
 from hubdiff.encodings.payload import index_bytes, write_index
 from hubdiff.hashing import Lane, StreamHash, tensor_hash
 from hubdiff.manifest import FileRecord, Part
-from hubdiff.safetensors_io import build_header
+from hubdiff.safetensors_io import DTYPE_BITS, build_header, tensor_bytes
 from hubdiff.stream import unit_bytes
 from hubdiff.writer import begin_writeback, disk_errors, write_all
 
@@ -32,7 +30,7 @@ SHARD_BYTES = 4 << 30
 _COPY = 4 << 20
 _FILLED = 1000  # spaces after a header may be this part of the file
 # For the header's room: a dtype and a size that no other takes more letters to write than.
-_LONGEST_DTYPE, _LARGEST_SIZE = "F8_E5M2", 1 << 50
+_LONGEST_DTYPE, _LARGEST_SIZE = max(DTYPE_BITS, key=len), 1 << 50
 
 
 @dataclass(frozen=True)
@@ -164,6 +162,7 @@ class LayerWriter:
                 lane.feed(digest, position - down, piece)
                 if down:
                     write_all(body.fd, piece, position - down)
+                    begin_writeback(body.fd, position - down, len(piece))
             lane.catch_up()
             os.ftruncate(body.fd, body.end - down)
             # A folder that is published holds nothing that a power cut could still take.
@@ -207,7 +206,7 @@ class DenseWriter:
     def __init__(self, layer: LayerWriter, name: str, shape: tuple[int, ...], part: Part) -> None:
         self._layer, self._name, self._shape, self._part = layer, name, shape, part
         self._begin = layer.begin()
-        self._count = int(np.prod(shape, dtype=np.int64))
+        self._count = tensor_bytes(part.dtype, shape) // unit_bytes(part.dtype)
         self._done = 0
 
     def write(self, segment: int, blobs: tuple[bytes, ...]) -> None:

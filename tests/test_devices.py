@@ -206,6 +206,15 @@ def test_what_is_impossible_is_refused_in_the_same_words(blob, says, device):
     assert says in ours
 
 
+@pytest.mark.parametrize(
+    "blob", ["0294000a0000000000000085ff000000", "030080020000018502170001670000"]
+)
+def test_of_two_faults_the_same_one_is_named(blob):
+    ours, theirs = both("packed", 2, bytes.fromhex(blob), 10, "cpu")
+    assert ours == theirs
+    assert isinstance(ours, str)
+
+
 @given_any(
     seed=st.integers(0, 1 << 16),
     common=st.sampled_from([0.0, 0.4, 0.7, 0.99, 0.999]),

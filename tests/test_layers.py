@@ -15,6 +15,7 @@ from hubdiff import layers
 from hubdiff.hashing import hash_bytes
 from hubdiff.layers import LayerWriter, header_room
 from hubdiff.manifest import Part
+from hubdiff.safetensors_io import build_header
 from tests.models import hashes, moved, save, weights
 
 PART = Part("delta", ("raw",), "plain", "U16", 0, "0" * 64)
@@ -83,3 +84,20 @@ def test_a_file_that_is_full_takes_no_more_tensors(
     hubdiff.apply(tmp_path / "delta", tmp_path / "base", output=tmp_path / "out")
     rebuilt, tuned = hashes(tmp_path / "out"), hashes(tmp_path / "tuned")
     assert {name: rebuilt[name] for name in tuned} == tuned
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize(("dtype", "nbytes"), [("F4", 16), ("F6_E2M3", 24), ("F8_E4M3FNUZ", 32)])
+def test_added_tensors_of_less_than_a_byte_come_back(
+    dtype: str, nbytes: int, plain: bool, tmp_path: Path
+) -> None:
+    """No library saves these: the file is written by hand."""
+    base = {"w": torch.ones(4, 8, dtype=torch.bfloat16)}
+    save(tmp_path / "base", base)
+    save(tmp_path / "tuned", base)
+    header = build_header([("w", "BF16", (4, 8), 64), ("added", dtype, (4, 8), nbytes)], {})
+    body = np.random.default_rng(0).bytes(64 + nbytes)
+    (tmp_path / "tuned" / "model.safetensors").write_bytes(header + body)
+    hubdiff.push_delta(tmp_path / "tuned", tmp_path / "delta", base=tmp_path / "base", plain=plain)
+    hubdiff.apply(tmp_path / "delta", tmp_path / "base", output=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == header + body
