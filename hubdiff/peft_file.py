@@ -305,6 +305,7 @@ def _write(
     progress.start("exporting", size)
     try:
         output.write_at(0, raw)
+        progress.advance(len(raw))
         for entry, pieces in tensors:
             position = entry.begin
             for piece in pieces:

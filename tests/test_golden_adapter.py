@@ -14,6 +14,7 @@ import numpy as np
 
 import hubdiff
 from hubdiff.hashing import hash_bytes
+from hubdiff.progress import Silent
 from tests.models import hashes
 from tests.test_golden_deltas import Bits, _half, _model, _single, _write
 
@@ -55,6 +56,22 @@ def test_an_old_delta_of_an_adapter_is_read_forever(tmp_path: Path) -> None:
     assert _result(tmp_path) == (GOLDEN / "expected").read_text().strip()
     hubdiff.export(GOLDEN / "delta", tmp_path / "peft")
     assert hashes(tmp_path / "peft") == hashes(GOLDEN / "adapter")
+
+
+class Counted(Silent):
+    total = done = 0
+
+    def start(self, what: str, total: int) -> None:
+        self.total += total
+
+    def advance(self, count: int) -> None:
+        self.done += count
+
+
+def test_an_export_tells_how_far_it_is(tmp_path: Path) -> None:
+    counted = Counted()
+    hubdiff.export(GOLDEN / "delta", tmp_path / "peft", progress=counted)
+    assert counted.done == counted.total > 0
 
 
 def test_the_same_adapter_still_gives_the_same_bytes(tmp_path: Path) -> None:
