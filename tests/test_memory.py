@@ -1,4 +1,5 @@
-"""What the command line sets for its process, and the library does not."""
+"""What is kept in memory: by this process, where the command line decides and not the library, and by
+the system's file cache."""
 
 from __future__ import annotations
 
