@@ -1,5 +1,5 @@
-"""What is kept in memory: by this process, where the command line decides and not the library, and by
-the system's file cache."""
+"""What is kept in memory: by this process, where the command line decides and not the library, and
+by the system's file cache."""
 
 from __future__ import annotations
 

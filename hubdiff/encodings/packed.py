@@ -142,11 +142,11 @@ def _encode_gaps(bits: np.ndarray, common: int, others: np.ndarray) -> bytes:
 
 
 def _fine_bits(others: np.ndarray) -> int:
-    """Distances between independent changes are geometric. Their low bits, up to a quarter of what
-    is usual, then are noise and are stored as they are; what is above has few values, and little to
-    say about them first. And a geometric distance has no memory: what is left after an escape is
-    distributed as before it, so that nothing is lost by coding byte by byte. Where changes come in
-    clusters most distances are 0, and no bit of them is noise: hence the median."""
+    """Distances between independent changes are geometric. Their low bits, up to half of what is
+    usual, then are next to noise and are stored as they are; what is above has few values, and
+    little to say about them first. And a geometric distance has no memory: what is left after an
+    escape is distributed as before it, so that nothing is lost by coding byte by byte. Where
+    changes come in clusters most distances are 0, and no bit is noise: hence the median."""
     if others.size == 1:
         return 0
     step = (others.size >> 12) | 1
