@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hubdiff import kernels
+from hubdiff.encodings.dense import where
 from hubdiff.safetensors_io import DTYPE_BITS
 
 HALVES = ("BF16", "F16")
@@ -66,7 +67,8 @@ def _compare_bf16(tuned: np.ndarray, base: np.ndarray) -> Comparison | None:
     if not (numbers and kernels.add(base, hi, again)):
         return None
     if tails:
-        kernels.add_tail(base, hi, lo, np.flatnonzero(lo != 0), again)
+        elements = where(lo != 0)
+        kernels.add_tail(base, hi, elements, lo[elements], again)
     if not np.array_equal(again, tuned):  # a zero that changed its sign
         return None
     squares = kernels.square(hi), kernels.square(base)

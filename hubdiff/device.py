@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from hubdiff import numerics
-from hubdiff.encodings import ENCODINGS, Stream, packed, planes
+from hubdiff.encodings import ENCODINGS, Stream, packed, planes, tails
+from hubdiff.encodings.dense import ESCAPE, Constant, Dense, Ranks, Signs, Symbols
+from hubdiff.encodings.places import Places
 from hubdiff.errors import CorruptPayload
 from hubdiff.manifest import Part
 from hubdiff.nvcomp import frame_decoder
-from hubdiff.payloads import DAMAGED, blamed, decode_blob
+from hubdiff.payloads import DAMAGED, blamed, decode_blob, decode_tail
 from hubdiff.stream import new_buffer, unit_bytes
 
 Layers = dict[str, "Tensor | None"]
@@ -52,6 +54,9 @@ class Work(Protocol):
 
     def place(self, bits: np.ndarray) -> Tensor:
         """Bit patterns that were made on the CPU, as ``decode`` gives them."""
+
+    def tail(self, part: Part, blob: memoryview, hi: Tensor, where: str) -> Tensor:
+        """The ``lo`` that belongs to ``hi``, likewise."""
 
     def send(self, result: Tensor) -> memoryview:
         """The bytes of a uint8 tensor in memory. They are there after ``settle``."""
@@ -97,6 +102,9 @@ class Cpu:
 
     def place(self, bits: np.ndarray) -> Tensor:
         return torch.from_numpy(bits if bits.itemsize == 1 else bits.view(f"<i{bits.itemsize}"))
+
+    def tail(self, part: Part, blob: memoryview, hi: Tensor, where: str) -> Tensor:
+        return self.place(_dense_tail(part, blob, hi, where))
 
     def send(self, result: Tensor) -> memoryview:
         return result.numpy().data
@@ -148,17 +156,42 @@ class _GpuWork:
         width = unit_bytes(part.dtype)
         if 8 * width not in ENCODINGS[part.encoding].widths or part.encoding not in _RENDERED:
             return self.place(decode_blob(part, blob, count, where))
-        blob_on_device = _Blob(self._load, self.device, count, width)
+        made = _Blob(self._load, self.device, count, width)
+        return self._checked(
+            lambda: _RENDERED[part.encoding](made, blob),
+            made,
+            lambda: decode_blob(part, blob, count, where),
+            where,
+        )
+
+    def tail(self, part: Part, blob: memoryview, hi: Tensor, where: str) -> Tensor:
+        if part.dtype not in tails.EXPONENTS:
+            return self.place(_dense_tail(part, blob, hi, where))
+        made = _Blob(self._load, self.device, hi.numel(), unit_bytes(part.dtype))
+        return self._checked(
+            lambda: made.from_tails(blob, hi, tails.EXPONENTS[part.dtype]),
+            made,
+            lambda: _dense_tail(part, blob, hi, where),
+            where,
+        )
+
+    def _checked(
+        self,
+        make: Callable[[], Tensor],
+        made: _Blob,
+        on_cpu: Callable[[], object],
+        where: str,
+    ) -> Tensor:
+        """What ``make`` makes; ``on_cpu`` says what is wrong with it, now or in ``settle``."""
         try:
             with blamed(where):
-                bits = _RENDERED[part.encoding](blob_on_device, blob)
+                bits = make()
         except CorruptPayload:
             # Of several faults the CPU meets another one first: the same words on every device.
-            decode_blob(part, blob, count, where)
+            on_cpu()
             raise
-        if blob_on_device.wrong:
-            wrong = torch.stack(blob_on_device.wrong).any()
-            self._doubts.append((wrong, lambda: decode_blob(part, blob, count, where), where))
+        if made.wrong:
+            self._doubts.append((torch.stack(made.wrong).any(), on_cpu, where))
         return bits
 
     def place(self, bits: np.ndarray) -> Tensor:
@@ -222,57 +255,103 @@ class _Blob:
         columns = torch.stack([self._load(stream) for stream in streams], 1)
         return columns.view(-1).view(numerics.UNITS[len(streams)])
 
-    def _dense(self, dense: packed.Dense, count: int) -> Tensor:
-        if isinstance(dense, packed.Constant):
+    def from_tails(self, blob: memoryview, hi: Tensor, exponent: int) -> Tensor:
+        lists = tails.parse(blob, self._count)
+        kinds, totals = _kinds(hi)
+        in_order = kinds.argsort(stable=True)  # the elements kind by kind, unchanged ones last
+        apart = len(lists) == tails.KINDS
+        ends = totals.cumsum(0)
+        out = torch.zeros_like(hi)
+        for kind, one in enumerate(lists):
+            if one is None:
+                continue
+            first = ends[kind] - totals[kind] if apart else 0
+            places = self._places(one, totals[kind] if apart else ends[-1])
+            elements = in_order[(places + first).clamp_(0, self._count - 1)]
+            symbols, theirs = self._dense(one.symbols, one.count), hi[elements]
+            down = (theirs - (symbols & exponent)) & exponent
+            out[elements] = down | (symbols & ~exponent)
+        return out
+
+    def _dense(self, dense: Dense, count: int) -> Tensor:
+        if isinstance(dense, Constant):
             return self._full(count, dense.symbol)
-        return self._ranks(dense) if isinstance(dense, packed.Ranks) else self._symbols(dense)
+        if isinstance(dense, Signs):
+            return self._dense(dense.rest, count) ^ self._flips(dense.flips, count)
+        return self._ranks(dense) if isinstance(dense, Ranks) else self._symbols(dense)
 
     def _full(self, count: int, symbol: int) -> Tensor:
         signed = symbol - (1 << 16) if symbol >> 15 else symbol
         return torch.full((count,), signed, dtype=torch.int16, device=self._device)
 
-    def _symbols(self, symbols: packed.Symbols) -> Tensor:
+    def _flips(self, flips: Stream, count: int) -> Tensor:
+        bits = self._load(flips)[:, None] >> torch.arange(8, device=self._device)
+        return (bits.view(-1)[:count] & 1).short() * -0x8000
+
+    def _symbols(self, symbols: Symbols) -> Tensor:
         rotated = self._joined([symbols.low, symbols.high])
         return ((rotated >> 1) & 0x7FFF) | ((rotated & 1) * -0x8000)
 
-    def _ranks(self, parsed: packed.Ranks) -> Tensor:
-        ranks, symbols = self._load(parsed.ranks), self._symbols(parsed.symbols)
-        is_escape = ranks == packed.ESCAPE
+    def _ranks(self, parsed: Ranks) -> Tensor:
+        ranks, size = self._load(parsed.ranks), parsed.table.length
+        is_escape = ranks == ESCAPE
         self.wrong.append(is_escape.sum() != parsed.escapes)
-        self.wrong.append((ranks >= parsed.size).sum() != parsed.escapes)
-        table = symbols.new_zeros(256)
-        table[: parsed.size] = symbols[: parsed.size]
+        self.wrong.append((ranks >= size).sum() != parsed.escapes)
+        table = self._full(256, 0)
+        table[:size] = self._symbols(parsed.table)
         found = table.index_select(0, ranks.int())
-        if not parsed.escapes:
+        if parsed.escaped is None:
             return found
+        escaped = self._dense(parsed.escaped, parsed.escapes)
         nth = (is_escape.cumsum(0, dtype=torch.int32) - 1).clamp_(0, parsed.escapes - 1)
-        return torch.where(is_escape, symbols[parsed.size :].index_select(0, nth), found)
+        return torch.where(is_escape, escaped.index_select(0, nth), found)
 
     def _gaps(self, gaps: packed.Gaps) -> Tensor:
-        coarse = self._load(gaps.coarse)
-        is_end = coarse != packed.ESCAPE
-        ends = is_end.cumsum(0)
-        nth = (ends - 1).clamp_(0, gaps.others - 1)
-        positions = coarse.cumsum(0, dtype=torch.int64) << gaps.fine_bits
-        if gaps.fine_bits:
-            positions += self._fine(gaps).cumsum(0)[nth]
-        positions += ends - 1
-        self.wrong += [ends[-1] != gaps.others, ~is_end[-1], positions[-1] >= self._count]
-        # Bytes that end no gap write to one element more, which is then left out.
-        nowhere = self._count
-        positions = torch.where(is_end, positions.clamp_(0, nowhere), nowhere)
-        out = self._full(self._count + 1, gaps.common)
-        out[positions] = self._dense(gaps.values, gaps.others)[nth]
-        return out[: self._count]
+        out = self._full(self._count, gaps.common)
+        found = self._places(gaps.others, self._count).clamp_(0, self._count - 1)
+        out[found] = self._dense(gaps.others.symbols, gaps.others.count)
+        return out
 
-    def _fine(self, gaps: packed.Gaps) -> Tensor:
+    def _places(self, places: Places, below: int | Tensor) -> Tensor:
+        """The places as int64; ``wrong`` where one is not ``below`` that, and may be anything."""
+        coarse = self._load(places.coarse)
+        is_end = coarse != ESCAPE
+        ends = is_end.cumsum(0)
+        # Bytes that end no gap, or one too many, write to one place more, which is then left out.
+        nth = torch.where(is_end, ends - 1, places.count).clamp_(0, places.count)
+        far = coarse.new_zeros(places.count + 1, dtype=torch.int64)
+        far[nth] = coarse.cumsum(0, dtype=torch.int64)
+        found = far[:-1] << places.fine_bits
+        if places.fine_bits:
+            found += self._fine(places).cumsum(0)
+        found += torch.arange(places.count, device=self._device)
+        self.wrong += [ends[-1] != places.count, ~is_end[-1], found[-1] >= below]
+        return found
+
+    def _fine(self, places: Places) -> Tensor:
         """The fine bits of each gap as a number; two bytes of nothing follow the last ones, so that
         each can be looked for in three bytes."""
-        content = torch.nn.functional.pad(self._load(gaps.fine), (0, 2)).long()
-        first = torch.arange(gaps.others, device=self._device) * gaps.fine_bits
+        content = torch.nn.functional.pad(self._load(places.fine), (0, 2)).long()
+        first = torch.arange(places.count, device=self._device) * places.fine_bits
         byte, bit = first >> 3, first & 7
         held = content[byte] | content[byte + 1] << 8 | content[byte + 2] << 16
-        return (held >> bit) & ((1 << gaps.fine_bits) - 1)
+        return (held >> bit) & ((1 << places.fine_bits) - 1)
+
+
+def _kinds(hi: Tensor) -> tuple[Tensor, Tensor]:
+    """The kind of each element, as ``kernels.count_kinds`` has it, and how many are of each."""
+    kinds = torch.full_like(hi, tails.KINDS - 1, dtype=torch.uint8)
+    for zeros in reversed(range(tails.KINDS - 1)):
+        kinds[(hi & ((2 << zeros) - 1)) == 1 << zeros] = zeros
+    kinds[hi == -0x8000] = tails.KINDS
+    all_kinds = torch.arange(tails.KINDS, device=hi.device)
+    return kinds, (kinds[None] == all_kinds[:, None]).sum(1)
+
+
+def _dense_tail(part: Part, blob: memoryview, hi: Tensor, where: str) -> np.ndarray:
+    """``lo`` made on the CPU."""
+    here = hi.cpu().numpy().view(np.uint16)
+    return decode_tail(part, blob, here, where).dense(here.size)
 
 
 _RENDERED = {"packed": _Blob.from_packed, "planes": _Blob.from_planes}

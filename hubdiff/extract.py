@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hubdiff.compare import HALVES, Comparison, Floats, compare, delta_dtype
-from hubdiff.encodings import ENCODINGS
+from hubdiff.encodings import ENCODINGS, tails
 from hubdiff.hashing import FileHashes, Lane, tensor_hash
 from hubdiff.layers import (
     DenseWriter,
@@ -275,7 +275,7 @@ class _Worker:
                 _master_part(pair, master, part),
                 self._delta_dtype(pair),
             )
-            self._encode_float(piece, segment, compared)
+            self._encode_float(piece, segment, compared, self._delta_dtype(pair))
 
     def _raw(self, bits: np.ndarray) -> bytes:
         return ENCODINGS["plain" if self._plain else "planes"].encode(bits)
@@ -287,12 +287,12 @@ class _Worker:
         if changed:
             piece.blobs.append(("exact", segment, (ENCODINGS["planes"].encode(tuned),)))
 
-    def _encode_float(self, piece: _Piece, segment: int, compared: Comparison) -> None:
+    def _encode_float(self, piece: _Piece, segment: int, compared: Comparison, dtype: str) -> None:
         piece.base_square += compared.base_square
         piece.delta_square += compared.delta_square
         piece.changed += compared.changed
         hi, lo, residual = compared.hi, compared.lo, compared.residual
-        tail = b"" if lo is None else ENCODINGS["packed"].encode(lo)
+        tail = b"" if lo is None or hi is None else tails.encode(lo, hi, dtype)
         if self._plain:
             if hi is not None:
                 piece.blobs.append(("delta", segment, (hi.tobytes(),)))

@@ -95,12 +95,14 @@ def add(target, hi, out):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def add_tail(target, hi, lo, where, out):  # type: ignore[no-untyped-def]
-    """``out`` = RN(target + hi + lo), the exact sum rounded once, at the indices ``where``; returns
-    whether all of those are numbers. Boldo & Melquiond, as ``numerics`` has it."""
+def add_tail(target, hi, elements, lo, out):  # type: ignore[no-untyped-def]
+    """``out`` = RN(target + hi + lo), the exact sum rounded once, at ``elements``, which ``lo`` is
+    given for; returns whether all of those are numbers. Boldo & Melquiond, as ``numerics`` has
+    it."""
     odd = _u32(0)
-    for i in where:
-        upper, lower = _two_sum(_f64(_wide(hi[i])), _f64(_wide(lo[i])))
+    for j in range(elements.size):
+        i = elements[j]
+        upper, lower = _two_sum(_f64(_wide(hi[i])), _f64(_wide(lo[j])))
         high, rest = _two_sum(_f64(_wide(target[i])), upper)
         total = _add_to_odd(high, _add_to_odd(rest, lower))
         result = _narrow(_cut_to_odd(total))
@@ -205,3 +207,72 @@ def from_gaps(coarse, fine_bits, fine, positions):  # type: ignore[no-untyped-de
             positions[ends] = position
         ends, rest = ends + 1, 0
     return ends
+
+
+# Elements counted at once; those of one block are looked through one by one.
+BLOCK = 64
+
+# The lowest bits of a pattern that ends in 0, 1, 2, or more zeros.
+_MASKS, _ENDS = np.array([1, 3, 7, 7], _u16), np.array([1, 2, 4, 0], _u16)
+
+
+@_compiled
+def flip_signs(flips, symbols):  # type: ignore[no-untyped-def]
+    """Flip the sign of ``symbols`` (uint16) where the bits of ``flips`` (uint8) are set, lowest
+    first."""
+    for i in range(symbols.size):
+        symbols[i] ^= _u16(_u16(flips[i >> 3] >> (i & 7)) << _u16(15))
+
+
+@_compiled
+def _of_kind(hi, kind):  # type: ignore[no-untyped-def]
+    """Whether ``hi`` ends in ``kind`` zeros, 3 for more; where nothing changed it is of none."""
+    return ((hi & _MASKS[kind]) == _ENDS[kind]) & (hi != _u16(0x8000))
+
+
+@_compiled
+def count_kinds(hi, before):  # type: ignore[no-untyped-def]
+    """``before[b + 1, kind]``: how many of ``hi`` (uint16) are of each kind in blocks 0 to b, and
+    nothing changed in none of them. Without a branch: 16 elements at once."""
+    for block in range(before.shape[0] - 1):
+        odd, two, four, same = _u16(0), _u16(0), _u16(0), _u16(0)
+        part = hi[block * BLOCK : (block + 1) * BLOCK]
+        for i in range(part.size):
+            pattern = part[i]
+            odd = _u16(odd + _u16(pattern & _u16(1)))
+            two = _u16(two + _u16((pattern & _u16(3)) == _u16(2)))
+            four = _u16(four + _u16((pattern & _u16(7)) == _u16(4)))
+            same = _u16(same + _u16(pattern == _u16(0x8000)))
+        before[block + 1, 0] = before[block, 0] + odd
+        before[block + 1, 1] = before[block, 1] + two
+        before[block + 1, 2] = before[block, 2] + four
+        before[block + 1, 3] = before[block, 3] + (part.size - odd - two - four - same)
+
+
+@_compiled
+def to_places(hi, before, elements, places, kinds):  # type: ignore[no-untyped-def]
+    """The kind of each of ``elements`` (int64, changed), and how many of that kind stand before
+    it: fills ``kinds`` (uint8) and ``places`` (int64)."""
+    for i in range(elements.size):
+        element, kind, ahead = elements[i], 0, _u16(0)
+        while not _of_kind(hi[element], kind):
+            kind += 1
+        part = hi[element // BLOCK * BLOCK : element]
+        for j in range(part.size):
+            ahead = _u16(ahead + _u16(_of_kind(part[j], kind)))
+        places[i], kinds[i] = before[element // BLOCK, kind] + ahead, kind
+
+
+@_compiled
+def from_places(hi, before, kind, places, elements):  # type: ignore[no-untyped-def]
+    """The elements of a kind at ``places`` of it (int64, rising, fewer than there are of it): fills
+    ``elements`` (int64)."""
+    block = 0
+    for i in range(places.size):
+        while before[block + 1, kind] <= places[i]:
+            block += 1
+        element, left = block * BLOCK - 1, places[i] - before[block, kind] + 1
+        while left:
+            element += 1
+            left -= _of_kind(hi[element], kind)
+        elements[i] = element

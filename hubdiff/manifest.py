@@ -472,6 +472,9 @@ def _check_parts(
     floats = {part.dtype for part in parts if {"hi", "lo"} & set(part.layers)}
     if len(floats) > 1:
         raise reader.bad("parts", f"gives Δ two dtypes, {' and '.join(sorted(floats))}")
+    layers = [part.layers for part in parts]
+    if ("lo",) in layers and ("hi",) not in layers:
+        raise reader.bad("parts", "holds a tail without the dense Δ that it belongs to")
     for part in parts:
         if part.layers in (("raw",), ("ulp",)) and part.dtype != dtype:
             raise reader.bad("parts", f"holds {part.dtype} bits of a {dtype} tensor")

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from hubdiff.checkpoint import Placed
-from hubdiff.encodings import ENCODINGS, SEGMENT
+from hubdiff.encodings import ENCODINGS, SEGMENT, tails
 from hubdiff.encodings.payload import BlobRange, index_bytes, parse_index
+from hubdiff.encodings.tails import Tail
 from hubdiff.errors import CorruptPayload
 from hubdiff.hashing import check_hash, tensor_hash
 from hubdiff.manifest import Part
@@ -37,6 +38,9 @@ class Decoder(Protocol[T_co]):
 
     def place(self, bits: np.ndarray) -> T_co:
         """Bit patterns that are made already."""
+
+    def tail(self, part: Part, blob: memoryview, hi: Any, where: str) -> T_co:
+        """The blob of the ``lo`` that belongs to ``hi``, which this decoder made."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +135,18 @@ def decode_segments(
                 layers["hi"] = decoder.place(_multiply(placed, here[0], segment, count, name))
                 continue
             for layer, blob in zip(placed.part.layers, here, strict=True):
-                made = decoder.decode(placed.part, blob, count, name) if len(blob) else None
-                layers[layer] = made
+                layers[layer] = None
+                if len(blob) and layer == "lo":
+                    layers[layer] = _tail(placed.part, blob, layers.get("hi"), name, decoder)
+                elif len(blob):
+                    layers[layer] = decoder.decode(placed.part, blob, count, name)
         yield units, layers
+
+
+def _tail(part: Part, blob: memoryview, hi: T | None, where: str, decoder: Decoder[T]) -> T:
+    if hi is None:
+        raise CorruptPayload(f"{where}: a tail of what did not change", next_step=DAMAGED)
+    return decoder.tail(part, blob, hi, where)
 
 
 def _multiply(
@@ -179,9 +192,17 @@ def decode_blob(part: Part, blob: memoryview, count: int, where: str) -> np.ndar
     return out
 
 
+def decode_tail(part: Part, blob: memoryview, hi: np.ndarray, where: str) -> Tail:
+    """The ``lo`` that belongs to ``hi``. Raises ``CorruptPayload`` naming ``where``."""
+    with blamed(where):
+        if part.dtype not in tails.EXPONENTS:
+            raise CorruptPayload(f"a tail can't hold {part.dtype}")
+        return tails.decode(blob, hi, part.dtype)
+
+
 class Arrays:
     """Bit patterns as numpy arrays, on the CPU; not to be written to: those of a dense part are
-    the payload itself, which is hashed later."""
+    the payload itself, which is hashed later. A ``lo`` is the two rows of a ``Tail``."""
 
     def decode(self, part: Part, blob: memoryview, count: int, where: str) -> np.ndarray:
         dtype = unit_dtype(part.dtype)
@@ -193,6 +214,9 @@ class Arrays:
 
     def place(self, bits: np.ndarray) -> np.ndarray:
         return bits
+
+    def tail(self, part: Part, blob: memoryview, hi: np.ndarray, where: str) -> np.ndarray:
+        return np.stack(decode_tail(part, blob, hi, where))
 
 
 @contextmanager

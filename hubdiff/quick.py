@@ -58,5 +58,6 @@ def _add(target: np.ndarray, layers: dict[str, np.ndarray | None], out: np.ndarr
         return True
     numbers = bool(kernels.add(target, hi, out))
     if lo is not None:
-        numbers &= bool(kernels.add_tail(target, hi, lo, np.flatnonzero(lo != 0), out))
+        elements, patterns = lo
+        numbers &= bool(kernels.add_tail(target, hi, elements, patterns.astype(np.uint16), out))
     return numbers

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import hubdiff
 from hubdiff import merge, numerics, nvcomp
 from hubdiff.device import Cpu, Gpu
-from hubdiff.encodings import ENCODINGS, SEGMENT, Stream
+from hubdiff.encodings import ENCODINGS, SEGMENT, Stream, tails
 from hubdiff.encodings._frames import write_varint
 from hubdiff.errors import CorruptPayload, RefError
 from hubdiff.jobs.merging import choose_device
@@ -169,13 +169,17 @@ def raw(data: bytes) -> bytes:
     return write_varint(len(data)) + data
 
 
-def ranks(size: int, content: bytes, listed: int) -> bytes:
-    head = bytes([2, size]) + write_varint(listed - size) + raw(content)
-    return head + 2 * raw(bytes(range(listed)))
+def direct(count: int) -> bytes:
+    return b"\x01" + 2 * raw(bytes(range(count)))
+
+
+def ranks(size: int, content: bytes, escapes: int = 0) -> bytes:
+    head = bytes([2, size]) + write_varint(escapes) + raw(content)
+    return head + 2 * raw(bytes(range(size))) + (direct(escapes) if escapes else b"")
 
 
 def gaps(others: int, coarse: bytes, fine_bits: int = 0, fine: bytes = b"") -> bytes:
-    head = struct.pack("<BH", 3, 0x8000) + write_varint(others) + bytes([fine_bits])
+    head = struct.pack("<BH", 4, 0x8000) + write_varint(others) + bytes([fine_bits])
     head += write_varint(len(coarse) - others) + raw(coarse) + fine
     return head + b"\x01" + 2 * raw(bytes(others))
 
@@ -184,12 +188,15 @@ def gaps(others: int, coarse: bytes, fine_bits: int = 0, fine: bytes = b"") -> b
 @pytest.mark.parametrize(
     ("blob", "says"),
     [
-        (ranks(3, bytes([3]) * 600, 3), "a rank is beyond the table of 3"),
-        (ranks(1, bytes([254]) * 600, 1), "a rank is beyond the table of 1"),
-        (ranks(0, bytes(600), 1), "a rank is beyond the table of 0"),
-        (ranks(1, bytes(599) + b"\xff", 1), "1 escapes, 0 are declared"),
-        (ranks(1, bytes(600), 2), "0 escapes, 1 are declared"),
-        (ranks(1, bytes(598) + b"\xff\xff", 2), "2 escapes, 1 are declared"),
+        (ranks(3, bytes([3]) * 600), "a rank is beyond the table of 3"),
+        (ranks(1, bytes([254]) * 600), "a rank is beyond the table of 1"),
+        (ranks(0, bytes(600)), "a rank is beyond the table of 0"),
+        (ranks(1, bytes(599) + b"\xff"), "1 escapes, 0 are declared"),
+        (ranks(1, bytes(600), 1), "0 escapes, 1 are declared"),
+        (ranks(1, bytes(598) + b"\xff\xff", 1), "2 escapes, 1 are declared"),
+        (b"\x03" + bytes(75) + ranks(3, bytes([3]) * 600), "a rank is beyond the table of 3"),
+        (b"\x03" + bytes(75) + b"\x03" + bytes(75), "variant 3"),
+        (b"\x03" + bytes(74), "the signs needs 75 bytes"),
         (gaps(1, b"\xff"), "the gaps are not 1"),
         (gaps(1, b"\x00\xff"), "the gaps are not 1"),
         (gaps(1, b"\x00\x00"), "the gaps are not 1"),
@@ -207,7 +214,7 @@ def test_what_is_impossible_is_refused_in_the_same_words(blob, says, device):
 
 
 @pytest.mark.parametrize(
-    "blob", ["0294000a0000000000000085ff000000", "030080020000018502170001670000"]
+    "blob", ["0294000a0000000000000085ff000000", "040080020000018502170001670000"]
 )
 def test_of_two_faults_the_same_one_is_named(blob):
     ours, theirs = both("packed", 2, bytes.fromhex(blob), 10, "cpu")
@@ -234,6 +241,88 @@ def test_damage_is_read_alike_or_refused_alike(seed, common, flips, cut, encodin
     blob = blob[: len(blob) - cut]
     ours, theirs = both(encoding, 2, bytes(blob), count, "cpu")
     assert ours == theirs
+
+
+# --- tails ---
+
+
+def tail_of(blob: bytes, hi: np.ndarray, device: str, dtype: str = "BF16") -> list[object]:
+    """What the CPU and the device make of a tail, as ``both``."""
+    part = Part("delta", ("hi", "lo"), "packed", dtype, 0, "")
+    answers: list[object] = []
+    for engine in (Cpu(), Gpu(device)):
+        try:
+            with engine.block() as work:
+                lo = work.tail(part, memoryview(blob), work.place(hi), "here")
+                data = work.send(lo.view(torch.uint8))
+                work.settle()
+            answers.append(bytes(data))
+        except CorruptPayload as error:
+            answers.append(str(error))
+    return answers
+
+
+def differences(seed: int, count: int, unchanged: float, share: float) -> list[np.ndarray]:
+    """``hi`` and a ``lo`` of a share of what changed."""
+    rng = np.random.default_rng(seed)
+    hi, lo = rng.integers(0, 1 << 16, (2, count), np.uint16)
+    hi[rng.random(count) < unchanged] = 0x8000
+    hi[0], lo[0] = 0x3C01, 0x3401
+    lo[1:][(rng.random(count - 1) > share) | (hi[1:] == 0x8000)] = 0
+    return [hi, lo]
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("unchanged", [0.0, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.001, 0.1, 1.0])
+@pytest.mark.parametrize("count", [1, 2, 5000, 100_003])
+def test_every_tail_is_decoded_alike(count, share, unchanged, dtype, device):
+    hi, lo = differences(5, count, unchanged, share)
+    ours, theirs = tail_of(tails.encode(lo, hi, dtype), hi, device, dtype)
+    assert ours == theirs == lo.tobytes()
+
+
+@pytest.mark.parametrize("device", PLACES)
+@pytest.mark.parametrize(
+    ("blob", "says"),
+    [
+        (b"\x02", "there is no variant 2"),
+        (b"\x00" + gaps(1, b"\xff")[3:], "the gaps are not 1"),
+        (b"\x00" + gaps(2, b"\x00\x05")[3:], "the gaps reach element 6 of 6"),
+        (b"\x01\x00" + gaps(1, b"\x02")[3:] + b"\x00\x00", "the gaps reach element 2 of 2"),
+        (b"\x01\x00\x00" + gaps(1, b"\x00")[3:] + b"\x00", "the gaps reach element 0 of 0"),
+    ],
+)
+def test_an_impossible_tail_is_refused_in_the_same_words(blob, says, device):
+    hi = np.array([1, 2, 3, 8, 2, 16, *[0x8000] * 300], np.uint16)
+    ours, theirs = tail_of(blob, hi, device)
+    assert ours == theirs
+    assert says in ours
+
+
+@given_any(
+    seed=st.integers(0, 1 << 16),
+    share=st.sampled_from([0.01, 0.5, 1.0]),
+    flips=st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(0, 255)), max_size=3),
+    cut=st.integers(0, 3),
+    count=st.sampled_from([30, 4000, 9000]),
+)
+@settings(max_examples=100, deadline=None)
+def test_a_damaged_tail_is_read_alike_or_refused_alike(seed, share, flips, cut, count):
+    hi, lo = differences(seed, count, 0.3, share)
+    blob = bytearray(tails.encode(lo, hi, "BF16"))
+    for place, value in flips:
+        blob[place % len(blob)] = value
+    ours, theirs = tail_of(bytes(blob[: len(blob) - cut]), hi, "cpu")
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("device", PLACES)
+def test_a_tail_of_another_dtype_is_refused_alike(device):
+    ours, theirs = tail_of(b"\x00\x00", np.array([1], np.uint32), device, "F32")
+    assert ours == theirs
+    assert "a tail can't hold F32" in ours
 
 
 def test_a_wrong_blob_spoils_its_own_block_only():

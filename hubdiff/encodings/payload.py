@@ -2,7 +2,8 @@
 
 A tensor of ``count`` elements is cut into segments of ``SEGMENT`` elements, the last one shorter.
 Each segment has one blob per layer: layer 0, and layer 1 where the manifest declares a tail. The
-index is one ``u32`` per blob, segment by segment, so any segment can be found and read alone.
+index is one ``u32`` per blob but the last, segment by segment, so any segment can be found and read
+alone; the last blob has what is left of the payload.
 
 A size of 0 means that this layer changes nothing in this segment. A tensor without elements has no
 segments, no index and no bytes.
@@ -26,20 +27,14 @@ class BlobRange(NamedTuple):
     size: int
 
 
-def segment_counts(count: int) -> list[int]:
-    """Elements in each segment of a tensor of ``count`` elements."""
-    full, rest = divmod(count, SEGMENT)
-    return [SEGMENT] * full + [rest] * (rest > 0)
-
-
 def index_bytes(count: int, layers: int) -> int:
     """Bytes of the index, known before any of the payload is read."""
-    return -(-count // SEGMENT) * layers * _SIZE.itemsize
+    return max(0, -(-count // SEGMENT) * layers - 1) * _SIZE.itemsize
 
 
 def write_index(sizes: Sequence[int]) -> bytes:
     """The index for blobs of these sizes, given in payload order (segment by segment)."""
-    return np.array(sizes, _SIZE).tobytes()
+    return np.array(sizes[:-1], _SIZE).tobytes()
 
 
 def parse_index(
@@ -56,9 +51,15 @@ def parse_index(
             f"The index of a payload of {payload_bytes} bytes is cut short: "
             f"{memoryview(raw).nbytes} bytes, expected {expected}."
         )
-    sizes = np.frombuffer(raw, _SIZE).astype(np.int64)
-    ends = np.cumsum(sizes) + expected
-    total = int(ends[-1]) if sizes.size else 0
-    if total != payload_bytes:
-        raise corrupt(f"A payload's blobs end at byte {total}, expected {payload_bytes}.")
-    return [BlobRange(int(end - size), int(size)) for end, size in zip(ends, sizes, strict=True)]
+    blobs = -(-count // SEGMENT) * layers
+    if not blobs:
+        if payload_bytes:
+            raise corrupt(f"The payload of no elements has {payload_bytes} bytes.")
+        return []
+    begins = expected + np.cumsum([0, *np.frombuffer(raw, _SIZE).tolist()], dtype=np.int64)
+    if begins[-1] > payload_bytes:
+        raise corrupt(
+            f"A payload's last blob begins at byte {begins[-1]}, the payload has {payload_bytes}."
+        )
+    ends = [*begins[1:].tolist(), payload_bytes]
+    return [BlobRange(b, e - b) for b, e in zip(begins.tolist(), ends, strict=True)]

@@ -115,12 +115,13 @@ def kernels(device: torch.device, elements: int, runs: int) -> dict[str, Row]:
 def _decoding(symbols: np.ndarray, device: torch.device, runs: int) -> Row:
     """One segment out of streams that lie on the device, decompressed."""
     blob = memoryview(ENCODINGS["packed"].encode(symbols))
-    kept: dict[str, torch.Tensor] = {}
+    kept: dict[int, torch.Tensor] = {}
 
     def load(stream: Stream) -> torch.Tensor:
-        if stream.what not in kept:
-            kept[stream.what] = torch.from_numpy(stream.content().copy()).to(device)
-        return kept[stream.what]
+        place = np.frombuffer(stream.body, np.uint8).ctypes.data
+        if place not in kept:
+            kept[place] = torch.from_numpy(stream.content().copy()).to(device)
+        return kept[place]
 
     made = _Blob(load, device, len(symbols), 2).from_packed(blob)
     assert made.cpu().numpy().tobytes() == symbols.tobytes()

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zstandard
 
-from hubdiff.encodings import ENCODINGS
+from hubdiff.encodings import ENCODINGS, tails
 
 FORMAT = Path(__file__).parents[2] / "FORMAT.md"
 
@@ -62,36 +63,69 @@ def planes(cursor: Cursor, width: int, n: int) -> list[int]:
     return [int.from_bytes(unit, "little") for unit in zip(*streams, strict=True)]
 
 
-def packed(cursor: Cursor, width: int, n: int) -> list[int]:
-    variant = cursor.uint(1)
+def dense(cursor: Cursor, n: int, variant: int | None = None) -> list[int]:
+    if variant is None:
+        variant = cursor.uint(1)
     if variant == 0:
         return [cursor.uint(2)] * n
     if variant == 1:
         return cursor.symbols(n)
     if variant == 2:
         size, escapes, ranks = cursor.uint(1), cursor.varint(), cursor.stream(n)
-        listed = cursor.symbols(size + escapes)
-        rest = iter(listed[size:])
-        found = [next(rest) if rank == 255 else listed[:size][rank] for rank in ranks]
+        table = cursor.symbols(size)
+        assert escapes <= n // 2
+        rest = iter(dense(cursor, escapes) if escapes else [])
+        found = [next(rest) if rank == 255 else table[rank] for rank in ranks]
         assert next(rest, None) is None
         return found
-    common, others, fine_bits, escapes = (
-        cursor.uint(2),
-        cursor.varint(),
-        cursor.uint(1),
-        cursor.varint(),
-    )
-    coarse = _gaps(cursor.stream(others + escapes))
-    fine = int.from_bytes(cursor.take(-(-others * fine_bits // 8)), "little")
+    assert variant == 3
+    flips = int.from_bytes(cursor.take(-(-n // 8)), "little")
+    inner = cursor.uint(1)
+    assert inner < 3
+    return [s ^ (flips >> i & 1) << 15 for i, s in enumerate(dense(cursor, n, inner))]
+
+
+def places(cursor: Cursor) -> list[tuple[int, int]]:
+    count = cursor.varint()
+    if not count:
+        return []
+    fine_bits, escapes = cursor.uint(1), cursor.varint()
+    coarse = _gaps(cursor.stream(count + escapes))
+    fine = int.from_bytes(cursor.take(-(-count * fine_bits // 8)), "little")
     gaps = [
         (c << fine_bits) + (fine >> i * fine_bits) % (1 << fine_bits) for i, c in enumerate(coarse)
     ]
-    values = packed(cursor, width, others)
-    assert len(gaps) == len(values) == others
-    found = []
-    for gap, value in zip(gaps, values, strict=True):
-        found += [common] * gap + [value]
-    return found + [common] * (n - len(found))
+    symbols = dense(cursor, count)
+    assert len(gaps) == len(symbols) == count
+    ends = list(accumulate(gap + 1 for gap in gaps))
+    return [(end - 1, symbol) for end, symbol in zip(ends, symbols, strict=True)]
+
+
+def packed(cursor: Cursor, width: int, n: int) -> list[int]:
+    variant = cursor.uint(1)
+    if variant < 4:
+        return dense(cursor, n, variant)
+    assert variant == 4
+    found = [cursor.uint(2)] * n
+    for place, symbol in places(cursor):
+        found[place] = symbol
+    return found
+
+
+def tail(cursor: Cursor, hi: list[int], exponent: int) -> list[int]:
+    by_kind: list[list[int]] = [[], [], [], []]
+    for i, unit in enumerate(hi):
+        if unit != 0x8000:
+            by_kind[next((k for k in range(3) if unit >> k & 1), 3)].append(i)
+    variant = cursor.uint(1)
+    assert variant < 2
+    lists = by_kind if variant else [[*chain(*by_kind)]]
+    lo = [0] * len(hi)
+    for units in lists:
+        for place, symbol in places(cursor):
+            at = units[place]
+            lo[at] = (hi[at] - (symbol & exponent)) & exponent | symbol & ~exponent
+    return lo
 
 
 def _gaps(coded: bytes) -> Iterator[int]:
@@ -137,10 +171,41 @@ def test_every_encoding_is_described() -> None:
         assert f"### `{encoding.name}` ({widths} bits)" in text
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize(("count", "share"), [(1, 1), (900, 0.02), (900, 1), (40_000, 0.3)])
+def test_the_document_describes_tails(count: int, share: float, dtype: str) -> None:
+    rng = np.random.default_rng(4)
+    hi = rng.integers(0, 1 << 16, count, np.uint16)
+    hi[rng.random(count) < 0.3] = 0x8000
+    hi[0] = 0x3C01
+    lo = rng.integers(1, 1 << 16, count, np.uint16)
+    lo[(rng.random(count) > share) | (hi == 0x8000)] = 0
+    lo[0] = 5
+    cursor = Cursor(tails.encode(lo, hi, dtype))
+    assert tail(cursor, hi.tolist(), {"BF16": 0x7F80, "F16": 0x7C00}[dtype]) == lo.tolist()
+    assert cursor.at == len(cursor.blob)
+
+
+def test_the_worked_example_of_a_tail_is_right() -> None:
+    text = FORMAT.read_text(encoding="utf-8").split("### Tails", 1)[1]
+    hi, lo = (
+        [int(unit, 16) for unit in found.split()]
+        for found in re.findall(r"`(?:hi|lo)` = `([0-9A-F ]+)`", text)
+    )
+    blob = _bytes_of(text.split("Worked example", 1)[1])
+    found = tails.decode(blob, np.array(hi, np.uint16), "BF16")
+    assert found.dense(len(hi)).tolist() == tail(Cursor(blob), hi, 0x7F80) == lo
+
+
+def _bytes_of(example: str) -> bytes:
+    """What stands in the first columns of the first block of code."""
+    lines = re.findall(r"^((?:[0-9a-f]{2} )+)", example.split("```")[1], re.MULTILINE)
+    return bytes.fromhex("".join(lines))
+
+
 def test_the_worked_example_is_right() -> None:
     text = FORMAT.read_text(encoding="utf-8")
-    example = text.split("Worked example", 1)[1].split("```")[1]
-    blob = bytes.fromhex("".join(re.findall(r"^((?:[0-9a-f]{2} )+)", example, re.MULTILINE)))
+    blob = _bytes_of(text.split("Worked example", 1)[1])
     symbols = re.search(r"symbols `([0-9a-f ]+)`", text)
     assert symbols is not None
     expected = [int(symbol, 16) for symbol in symbols[1].split()]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from hubdiff.encodings import ENCODINGS
+from hubdiff.encodings import ENCODINGS, tails
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "encodings"
 WRITTEN_WITH_ZSTD = (1, 5, 7)
@@ -48,10 +48,25 @@ def _floats(count: int, dtype: type[np.unsignedinteger], salt: int) -> np.ndarra
     return ((low & mask) | skew | top).astype(dtype)
 
 
+def _differences(count: int, salt: int) -> np.ndarray:
+    """Both signs of 700 values, zeros at the end of many, and some that did not change."""
+    values = 0x3800 + (_skewed(count, 700, salt) << (_hash(count, salt + 4) % 3)).astype(np.uint16)
+    signs = (_hash(count, salt + 5) & 0x8000).astype(np.uint16)
+    return np.where(_hash(count, salt + 6) % 5 == 0, 0x8000, values | signs).astype(np.uint16)
+
+
+def _tails(hi: np.ndarray, one_in: int, salt: int) -> np.ndarray:
+    lo = (hi - (8 + _hash(hi.size, salt) % 3 << 7)).astype(np.uint16) & 0x7FC0
+    lo[(_hash(hi.size, salt + 1) % one_in != 0) | (hi == 0x8000)] = 0
+    return lo
+
+
 CASES = {
     "packed-constant": np.full(5000, 0x8000, np.uint16),
     "packed-direct": (_hash(600, 1) >> 16).astype(np.uint16) & 0x83FF,
     "packed-ranks": (_hash(900, 2) >> 16).astype(np.uint16)[_skewed(5000, 900, 3)],
+    "packed-signs": (_hash(500, 4) >> 17).astype(np.uint16)[_skewed(9000, 500, 5)]
+    | (_hash(9000, 8) & 0x8000).astype(np.uint16),
     "packed-gaps": _sparse(40_000, 100, 20),
     "packed-far-gaps": _sparse(300_000, 3000, 40),
     "planes-8": _floats(1500, np.uint8, 60),
@@ -61,19 +76,45 @@ CASES = {
     "plain-16": (_hash(50, 72) >> 16).astype(np.uint16),
     "plain-32": _hash(25, 73),
 }
-VARIANTS = {"constant": 0, "direct": 1, "ranks": 2, "gaps": 3}
-every_case = pytest.mark.parametrize("case", CASES)
+# By the hi of each tail: a tail itself is made from it.
+TAILS = {
+    "tail-together": (_differences(3000, 80), 20),
+    "tail-apart": (_differences(20_000, 100), 3),
+}
+VARIANTS = {
+    "packed-constant": 0,
+    "packed-direct": 1,
+    "packed-ranks": 2,
+    "packed-signs": 3,
+    "packed-gaps": 4,
+    "tail-together": tails.TOGETHER,
+    "tail-apart": tails.APART,
+}
+every_case = pytest.mark.parametrize("case", [*CASES, *TAILS])
+
+
+def _tail(case: str) -> tuple[np.ndarray, np.ndarray]:
+    hi, one_in = TAILS[case]
+    return _tails(hi, one_in, 120), hi
 
 
 def _encode(case: str) -> bytes:
+    if case in TAILS:
+        return tails.encode(*_tail(case), "BF16")
     return ENCODINGS[case.split("-")[0]].encode(CASES[case])
 
 
 @every_case
 def test_old_blobs_are_read_forever(case: str) -> None:
-    out = np.empty_like(CASES[case])
-    ENCODINGS[case.split("-")[0]].decode((GOLDEN / f"{case}.bin").read_bytes(), out)
-    np.testing.assert_array_equal(out, CASES[case])
+    blob = (GOLDEN / f"{case}.bin").read_bytes()
+    if case in TAILS:
+        expected, hi = _tail(case)
+        out = tails.decode(blob, hi, "BF16").dense(hi.size)
+    else:
+        expected = CASES[case]
+        out = np.empty_like(expected)
+        ENCODINGS[case.split("-")[0]].decode(blob, out)
+    np.testing.assert_array_equal(out, expected)
 
 
 @every_case
@@ -87,16 +128,16 @@ def test_the_same_bits_still_give_the_same_bytes(case: str) -> None:
 
 @pytest.mark.parametrize(("case", "variant"), VARIANTS.items())
 def test_every_variant_has_a_golden_blob(case: str, variant: int) -> None:
-    assert (GOLDEN / f"packed-{case}.bin").read_bytes()[0] == variant
+    assert (GOLDEN / f"{case}.bin").read_bytes()[0] == variant
 
 
 def test_every_golden_blob_is_tested() -> None:
-    assert {path.stem for path in GOLDEN.glob("*.bin")} == set(CASES)
+    assert {path.stem for path in GOLDEN.glob("*.bin")} == {*CASES, *TAILS}
     assert {case.split("-")[0] for case in CASES} == set(ENCODINGS)
 
 
 if __name__ == "__main__":
     GOLDEN.mkdir(parents=True, exist_ok=True)
-    for missing in [case for case in CASES if not (GOLDEN / f"{case}.bin").exists()]:
+    for missing in [case for case in (*CASES, *TAILS) if not (GOLDEN / f"{case}.bin").exists()]:
         (GOLDEN / f"{missing}.bin").write_bytes(_encode(missing))
         print("wrote", missing)

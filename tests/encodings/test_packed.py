@@ -17,7 +17,7 @@ from hubdiff.encodings._frames import write_varint
 from hubdiff.errors import CorruptPayload
 
 PACKED = ENCODINGS["packed"]
-CONSTANT, DIRECT, RANKS, GAPS = range(4)
+CONSTANT, DIRECT, RANKS, SIGNS, GAPS = range(5)
 UNCHANGED = 0x8000
 
 Delta = Callable[[int, float], np.ndarray]
@@ -47,8 +47,8 @@ def _at(positions: list[int], count: int) -> np.ndarray:
         (1.7e-5, 0.80, GAPS, 1.07),
         (6.5e-5, 0.45, RANKS, 1.07),
         (2.2e-4, 0.16, RANKS, 1.07),
-        (1.2e-3, 0.03, RANKS, 1.07),
-        (4e-3, 0.01, RANKS, 1.07),
+        (1.2e-3, 0.03, SIGNS, 1.07),
+        (4e-3, 0.01, SIGNS, 1.07),
     ],
 )
 def test_differences_come_close_to_their_entropy(
@@ -122,12 +122,12 @@ def test_every_density_comes_back(share: float) -> None:
 
 def test_escapes_at_every_density_come_back() -> None:
     rng = np.random.default_rng(6)
-    for share in (0.001, 0.05, 0.2):
+    for share in (0.001, 0.04, 0.2):
         bits = rng.integers(0, 250, 100_001).astype(np.uint16)
         rare = rng.random(bits.size) < share
         bits[rare] = rng.integers(1000, 60_000, int(rare.sum()))
         blob = PACKED.encode(bits)
-        assert blob[0] == RANKS
+        assert blob[0] == (SIGNS if share == 0.2 else RANKS)
         np.testing.assert_array_equal(_decode(blob, bits.size), bits)
 
 
@@ -147,9 +147,13 @@ def _direct(*symbols: int) -> bytes:
     return bytes([DIRECT]) + _symbols(*symbols)
 
 
-def _ranks(size: int, ranks: bytes, *symbols: int) -> bytes:
-    escapes = write_varint(len(symbols) - size)
-    return bytes([RANKS, size]) + escapes + _raw(ranks) + _symbols(*symbols)
+def _ranks(table: list[int], ranks: bytes, escapes: int = 0, escaped: bytes = b"") -> bytes:
+    head = bytes([RANKS, len(table)]) + write_varint(escapes)
+    return head + _raw(ranks) + _symbols(*table) + escaped
+
+
+def _signs(flips: bytes, rest: bytes) -> bytes:
+    return bytes([SIGNS]) + flips + rest
 
 
 def _gaps(
@@ -164,9 +168,16 @@ def _gaps(
     [
         (struct.pack("<BH", CONSTANT, 5), [5, 5, 5]),
         (_direct(1, 0x8001, 0xFFFF), [1, 0x8001, 0xFFFF]),
-        (_ranks(2, b"\x00\x01\x00", 7, 9), [7, 9, 7]),
-        (_ranks(1, b"\xff\x00\xff", 7, 8, 9), [8, 7, 9]),
-        (_ranks(0, b"\xff\xff", 8, 9), [8, 9]),
+        (_ranks([7, 9], b"\x00\x01\x00"), [7, 9, 7]),
+        (_ranks([7], b"\xff\x00\x00\xff", 2, _direct(8, 9)), [8, 7, 7, 9]),
+        (_ranks([7], b"\xff\x00", 1, _ranks([8], b"\x00")), [8, 7]),
+        (_signs(b"\x05", _direct(1, 2, 3)), [0x8001, 2, 0x8003]),
+        (_signs(b"\x01\x01", struct.pack("<BH", CONSTANT, 0)), [0x8000, *[0] * 7, 0x8000]),
+        (_signs(b"\x02", struct.pack("<BH", CONSTANT, 0x8001)), [0x8001, 1]),
+        (
+            _ranks([7], b"\x00\x00\xff\xff", 2, _signs(b"\x01", _direct(1, 2))),
+            [7, 7, 0x8001, 2],
+        ),
         (_gaps(1, b"\x02", _direct(3)), [UNCHANGED, UNCHANGED, 3, UNCHANGED]),
         (_gaps(2, b"\x00\x01", _direct(3, 4)), [3, UNCHANGED, 4, UNCHANGED]),
         (_gaps(1, b"\xff\x00", _direct(3)), [UNCHANGED] * 255 + [3]),
@@ -185,18 +196,24 @@ def test_blobs_written_by_hand_are_read(blob: bytes, expected: list[int]) -> Non
 @pytest.mark.parametrize(
     ("blob", "says"),
     [
-        (b"\x04", "variant 4"),
+        (b"\x05", "variant 5"),
         (b"\xff\x00\x00", "variant 255"),
         (struct.pack("<BB", CONSTANT, 5), "the symbol needs 2 bytes"),
         (bytes([DIRECT]) + _raw(bytes(601)), "low bytes of the symbols stores 601 bytes for 600"),
-        (_ranks(3, bytes([3]) * 600, 7, 8, 9), "a rank is beyond the table of 3"),
-        (_ranks(1, bytes([254]) * 600, 7), "a rank is beyond the table of 1"),
-        (_ranks(1, bytes([255]) * 600, 7), "the ranks have 600 escapes, 0 are declared"),
-        (_ranks(1, bytes(600), 7, 8), "the ranks have 0 escapes, 1 are declared"),
-        (bytes([RANKS, 1]) + write_varint(601), "number of escapes is 601, expected 0 to 600"),
-        (_gaps(0, b"", b""), "the number of others is 0, expected 1 to 300"),
-        (_gaps(301, b"\x00" * 301, b""), "the number of others is 301, expected 1 to 300"),
-        (_gaps(0xFFFFFFFF, b"", b""), "the number of others is 4294967295"),
+        (_ranks([7, 8, 9], bytes([3]) * 600), "a rank is beyond the table of 3"),
+        (_ranks([7], bytes([254]) * 600), "a rank is beyond the table of 1"),
+        (_ranks([], bytes(600)), "a rank is beyond the table of 0"),
+        (_ranks([7], bytes([255]) * 600), "the ranks have 600 escapes, 0 are declared"),
+        (_ranks([7], bytes(600), 1, _direct(8)), "the ranks have 0 escapes, 1 are declared"),
+        (_ranks([7], bytes(600), 1), "the variant of the escaped symbols needs 1 bytes"),
+        (_ranks([7], bytes(600), 2, _gaps(1, b"\x00", _direct(3))), "variant 4"),
+        (bytes([RANKS, 1]) + write_varint(301), "number of escapes is 301, expected 0 to 300"),
+        (_signs(bytes(74), b""), "the signs needs 75 bytes"),
+        (_signs(bytes(75), b""), "the variant needs 1 bytes"),
+        (_signs(bytes(75), _signs(bytes(75), _direct(*[1] * 600))), "variant 3"),
+        (_gaps(0, b"", b""), "the number of places is 0, expected 1 to 300"),
+        (_gaps(301, b"\x00" * 301, b""), "the number of places is 301, expected 1 to 300"),
+        (_gaps(0xFFFFFFFF, b"", b""), "the number of places is 4294967295"),
         (_gaps(1, b"\x00", _direct(3), 17, bytes(3)), "have 17 fine bits, 16 at most"),
         (_gaps(1, b"\x00" * 4, b""), "escapes in the gaps is 3, expected 0 to 2"),
         (_gaps(1, b"\x00" * 2, _direct(3), 2, b"\x00"), "in the gaps is 1, expected 0 to 0"),
@@ -206,8 +223,8 @@ def test_blobs_written_by_hand_are_read(blob: bytes, expected: list[int]) -> Non
         (_gaps(1, b"\xff\xff\x5a", _direct(3)), "the gaps reach element 600 of 600"),
         (_gaps(1, b"\xfe", _direct(3), 8, b"\x00"), "the gaps reach element 65024 of 600"),
         (_gaps(2, b"\x00\x00", b"", 8, b"\x00"), "the fine bits of the gaps needs 2 bytes"),
-        (_gaps(1, b"\x00", _gaps(1, b"\x00", _direct(3))), "variant 3"),
-        (_gaps(1, b"\x00", b""), "the variant of the others needs 1 bytes"),
+        (_gaps(1, b"\x00", _gaps(1, b"\x00", _direct(3))), "variant 4"),
+        (_gaps(1, b"\x00", b""), "the variant of the symbols needs 1 bytes"),
         (_gaps(1, b"\x00", _direct(3)) + b"\x00", "1 bytes follow"),
     ],
 )
