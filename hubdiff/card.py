@@ -2,7 +2,7 @@
 
 Everything a card says was measured or is in the manifest; nothing is left to be filled in. Names
 and reasons in a manifest were written by others: they go through ``markdown.py`` on their way in.
-Jinja2 and huggingface_hub are imported late.
+Jinja2 and PyYAML are imported late.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hubdiff import markdown
 from hubdiff._version import __version__
 from hubdiff.lineage import HUB_LICENCES, Side, licence_note, strictest
 from hubdiff.summary import Summary, percent, size_text, summarise
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
 
 PICTURE = "layers.png"
 _FILES_SHOWN = 5
@@ -46,7 +43,7 @@ def delta_card(
     base_card: Mapping[str, Any] | None = None,
     measurements: Mapping[str, str] | None = None,
     picture: str | None = PICTURE,
-) -> ModelCard:
+) -> str:
     """The card of a delta.
 
     ``repo`` is where it is published; None for a folder, which ``name`` then calls. The two cards
@@ -103,7 +100,7 @@ def result_card(
     name: str | None = None,
     tuned_cards: Sequence[Mapping[str, Any]] = (),
     target_card: Mapping[str, Any] | None = None,
-) -> ModelCard:
+) -> str:
     """The card of a result: a target with one delta or several added.
 
     ``record`` is ``hubdiff-result.json``. Read here, each of them optional: ``target`` and
@@ -147,9 +144,9 @@ def result_card(
     )
 
 
-def _render(name: str, metadata: Mapping[str, Any], **values: Any) -> ModelCard:
+def _render(name: str, metadata: Mapping[str, Any], **values: Any) -> str:
     import jinja2
-    from huggingface_hub import ModelCard, ModelCardData
+    import yaml
 
     # Markdown, not HTML: escaping is markdown.py's, called by name in the templates.
     environment = jinja2.Environment(
@@ -165,8 +162,10 @@ def _render(name: str, metadata: Mapping[str, Any], **values: Any) -> ModelCard:
         percent=percent,
         version=__version__,
     )
-    data = ModelCardData(**metadata)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body.strip()}\n")
+    # huggingface_hub.ModelCardData writes the same; to import it takes longer than all of this.
+    known = {key: value for key, value in metadata.items() if value is not None}
+    head = yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n\n{body.strip()}\n"
 
 
 # --- what a card is made of ---------------------------------------------------------------------

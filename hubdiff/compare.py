@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hubdiff import kernels
-from hubdiff.encodings.dense import where
+from hubdiff.encodings.tails import Tail
 from hubdiff.safetensors_io import DTYPE_BITS
 
 HALVES = ("BF16", "F16")
@@ -42,7 +42,7 @@ class Comparison:
     differ (across dtypes: values); the squares are ‖Δ‖² and ‖base‖²."""
 
     hi: np.ndarray | None
-    lo: np.ndarray | None
+    lo: Tail | None
     residual: np.ndarray | None
     changed: int
     delta_square: float
@@ -66,13 +66,13 @@ def _compare_bf16(tuned: np.ndarray, base: np.ndarray) -> Comparison | None:
     changed, tails, numbers = kernels.difference(tuned, base, hi, lo)
     if not (numbers and kernels.add(base, hi, again)):
         return None
-    if tails:
-        elements = where(lo != 0)
-        kernels.add_tail(base, hi, elements, lo[elements], again)
+    tail = Tail.of(lo) if tails else None
+    if tail:
+        kernels.add_tail(base, hi, *tail, again)
     if not np.array_equal(again, tuned):  # a zero that changed its sign
         return None
     squares = kernels.square(hi), kernels.square(base)
-    return Comparison(hi, lo if tails else None, None, changed, *squares)
+    return Comparison(hi, tail, None, changed, *squares)
 
 
 def _compare_any(tuned: Floats, base: Floats, master: Floats | None, dtype: str) -> Comparison:
@@ -88,7 +88,7 @@ def _compare_any(tuned: Floats, base: Floats, master: Floats | None, dtype: str)
         residual = numerics.to_bits(numerics.residual(here, predicted))
     return Comparison(
         hi if (hi != _unchanged(dtype)).any() else None,
-        lo if lo is not None and lo.any() else None,
+        Tail.of(lo) if lo is not None and lo.any() else None,
         residual,
         _count_changed(tuned, base),
         _square(Floats(hi, dtype)),

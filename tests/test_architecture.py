@@ -112,8 +112,8 @@ def test_only_one_place_talks_to_the_hub(path):
         )
     }
     talkers = {name for name in imported if name.split(".")[0] in clients or name in clients}
-    # A card is a huggingface_hub.ModelCard; making one is text. The demo and devhub are servers.
-    if unit(path) not in {"hub", "devhub", "demo", "card"}:
+    # The demo and devhub are servers.
+    if unit(path) not in {"hub", "devhub", "demo"}:
         assert not talkers
 
 

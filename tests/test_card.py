@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from hubdiff import card
-from hubdiff.card import delta_card, result_card
 
 RENDERER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 BASE_COMMIT, TUNED_COMMIT, CODE_COMMIT = "a" * 40, "b" * 40, "c" * 40
@@ -87,6 +87,22 @@ def changed(manifest: dict[str, Any], **sides: Any) -> dict[str, Any]:
         else:
             copied[name] = value
     return copied
+
+
+def delta_card(*given: Any, **more: Any) -> ModelCard:
+    """The card as the Hub's client reads it."""
+    return ModelCard(card.delta_card(*given, **more))
+
+
+def result_card(*given: Any, **more: Any) -> ModelCard:
+    return ModelCard(card.result_card(*given, **more))
+
+
+def test_the_hubs_client_reads_the_metadata_as_it_was_meant() -> None:
+    for made in (card.delta_card(MANIFEST, repo="me/delta"), card.result_card(RECORD, repo="me/r")):
+        read = ModelCard(made)
+        assert str(read) == made
+        assert read.data.to_dict() == metadata(made)
 
 
 def metadata(content: str) -> dict[str, Any]:

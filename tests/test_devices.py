@@ -26,6 +26,7 @@ from hubdiff import merge, numerics, nvcomp
 from hubdiff.device import Cpu, Gpu
 from hubdiff.encodings import ENCODINGS, SEGMENT, Stream, tails
 from hubdiff.encodings._frames import write_varint
+from hubdiff.encodings.tails import Tail
 from hubdiff.errors import CorruptPayload, RefError
 from hubdiff.jobs.merging import choose_device
 from hubdiff.manifest import Part
@@ -279,7 +280,7 @@ def differences(seed: int, count: int, unchanged: float, share: float) -> list[n
 @pytest.mark.parametrize("count", [1, 2, 5000, 100_003])
 def test_every_tail_is_decoded_alike(count, share, unchanged, dtype, device):
     hi, lo = differences(5, count, unchanged, share)
-    ours, theirs = tail_of(tails.encode(lo, hi, dtype), hi, device, dtype)
+    ours, theirs = tail_of(tails.encode(Tail.of(lo), hi, dtype), hi, device, dtype)
     assert ours == theirs == lo.tobytes()
 
 
@@ -311,7 +312,7 @@ def test_an_impossible_tail_is_refused_in_the_same_words(blob, says, device):
 @settings(max_examples=100, deadline=None)
 def test_a_damaged_tail_is_read_alike_or_refused_alike(seed, share, flips, cut, count):
     hi, lo = differences(seed, count, 0.3, share)
-    blob = bytearray(tails.encode(lo, hi, "BF16"))
+    blob = bytearray(tails.encode(Tail.of(lo), hi, "BF16"))
     for place, value in flips:
         blob[place % len(blob)] = value
     ours, theirs = tail_of(bytes(blob[: len(blob) - cut]), hi, "cpu")

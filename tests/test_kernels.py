@@ -110,8 +110,8 @@ def test_what_is_no_number_is_said(odd):
 def test_a_comparison_is_the_same_either_way(pairs):
     tuned, base = (Floats(np.array(side, np.uint16), "BF16") for side in zip(*pairs, strict=True))
     quick, slow = compare(tuned, base, None, "BF16"), _compare_any(tuned, base, None, "BF16")
-    for name in ("hi", "lo", "residual"):
-        one, other = getattr(quick, name), getattr(slow, name)
+    sides = [(side.hi, side.residual, *(side.lo or (None, None))) for side in (quick, slow)]
+    for one, other in zip(*sides, strict=True):
         assert (one is None) == (other is None)
         assert one is None or np.array_equal(one, other)
     assert quick.changed == slow.changed

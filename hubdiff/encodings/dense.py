@@ -30,8 +30,9 @@ SIGN = 1 << 15
 # Measured on differences of bf16 models: with more escapes than this, signs apart are as small and
 # faster, since fewer escape then; and with more of those than the second, `direct` is smaller.
 _MANY_ESCAPES, _MOST_ESCAPES = 0.05, 0.35
-# Up to this size every variant is tried: fixed costs decide there, and time does not matter.
-SMALL = 1 << 14
+# Fixed costs decide in short lists. Up to the first size every variant is tried, and up to the
+# second whether tables pay at all.
+_TINY, SMALL = 1 << 9, 1 << 14
 
 
 # --- writing ---
@@ -39,10 +40,15 @@ SMALL = 1 << 14
 
 def encode(bits: np.ndarray) -> bytes:
     """The dense blob of ``bits``: 1-D, uint16, not empty."""
-    if bits.size <= SMALL:
+    if bits.size <= _TINY:
         return min(_smallest(bits), _encode_signs(bits, _smallest(_magnitudes(bits))), key=len)
     if _is_constant(bits):
         return _encode_constant(bits)
+    sampled = _encode_sampled(bits)
+    return sampled if bits.size > SMALL else min(sampled, _encode_few(bits), key=len)
+
+
+def _encode_sampled(bits: np.ndarray) -> bytes:
     # Whether a rare symbol stands in the table hardly matters, and counting all costs as much as
     # coding them: a sample of a thirtieth chooses. Its stride is odd, so that a pattern in the
     # columns of a matrix can't hide it.
@@ -80,7 +86,8 @@ def _table(counts: np.ndarray, least: int = 1) -> np.ndarray:
 def _sampled_table(sample: np.ndarray) -> tuple[np.ndarray, float]:
     """A table for what the sample was taken from, and the share of it that will escape."""
     counts = np.bincount(sample)
-    table = _table(counts)
+    # Once in a short list: no place in its table.
+    table = _table(counts, 2 if sample.size <= SMALL else 1)
     return table, 1 - int(counts[table].sum()) / sample.size
 
 
@@ -96,6 +103,15 @@ def _encode_direct(bits: np.ndarray) -> bytes:
     return bytes([DIRECT]) + _write_symbols(bits)
 
 
+def _encode_few(bits: np.ndarray) -> bytes:
+    """Escapes that are too few to be worth a table of their own."""
+    if _is_constant(bits):
+        return _encode_constant(bits)
+    return min(
+        _encode_direct(bits), _encode_signs(bits, _encode_direct(_magnitudes(bits))), key=len
+    )
+
+
 def _encode_ranks(bits: np.ndarray, table: np.ndarray) -> bytes:
     ranks = _ranks(bits, table)
     escaped = bits[where(ranks == ESCAPE)]
@@ -103,7 +119,9 @@ def _encode_ranks(bits: np.ndarray, table: np.ndarray) -> bytes:
         return _encode_direct(bits)
     head = bytes([RANKS, table.size]) + write_varint(escaped.size)
     blob = head + write_stream(ranks) + _write_symbols(table)
-    return blob + encode(escaped) if escaped.size else blob
+    if escaped.size:
+        blob += _encode_few(escaped) if escaped.size <= SMALL else encode(escaped)
+    return blob
 
 
 def _ranks(bits: np.ndarray, table: np.ndarray) -> np.ndarray:

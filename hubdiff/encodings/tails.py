@@ -29,20 +29,41 @@ _WORTH_APART = 1 << 12
 _NOWHERE, _NOTHING = np.empty(0, np.int64), np.empty(0, np.uint16)
 
 
-def encode(lo: np.ndarray, hi: np.ndarray, dtype: str) -> bytes:
-    """The blob of ``lo``, bit patterns of which some are not 0, each where ``hi`` is not −0.0."""
+class Tail(NamedTuple):
+    """The elements that have a ``lo``, in any order, and its bit patterns."""
+
+    elements: np.ndarray
+    patterns: np.ndarray
+
+    @classmethod
+    def of(cls, lo: np.ndarray) -> Tail:
+        """That of a ``lo`` of all elements."""
+        elements = dense.where(lo != 0)
+        return cls(elements, lo[elements])
+
+    def dense(self, count: int) -> np.ndarray:
+        """``lo`` of all elements, 0 where there is none: uint16."""
+        out = np.zeros(count, np.uint16)
+        out[self.elements] = self.patterns
+        return out
+
+
+def encode(tail: Tail, hi: np.ndarray, dtype: str) -> bytes:
+    """The blob of the ``lo`` that belongs to ``hi``. Its elements rise, and ``hi`` is −0.0 at none
+    of them."""
     from hubdiff import kernels
 
-    elements = dense.where(lo != 0)
-    if (hi[elements] == dense.SIGN).any():
+    elements = tail.elements
+    theirs = hi[elements]
+    if (theirs == dense.SIGN).any():
         raise ValueError("a tail where nothing changed")
+    patterns = relative(tail.patterns, theirs, dtype)
     before = count_before(hi)
     found = np.empty(elements.size, np.int64)
     kinds = np.empty(elements.size, np.uint8)
     kernels.to_places(hi, before, elements, found, kinds)
     order = np.argsort(kinds, kind="stable")
-    found, kinds, elements = found[order], kinds[order], elements[order]
-    symbols = relative(lo[elements], hi[elements], dtype)
+    found, kinds, symbols = found[order], kinds[order], patterns[order]
     totals = before[-1]
     if elements.size < _WORTH_APART:
         found += (np.cumsum(totals) - totals)[kinds]
@@ -81,19 +102,6 @@ def parse(blob: bytes | memoryview, count: int) -> list[Places | None]:
     lists = [places.parse(reader, count, 0, count) for _ in range(KINDS if variant else 1)]
     reader.end()
     return lists
-
-
-class Tail(NamedTuple):
-    """The elements that have a ``lo``, in any order, and its bit patterns."""
-
-    elements: np.ndarray
-    patterns: np.ndarray
-
-    def dense(self, count: int) -> np.ndarray:
-        """``lo`` of all elements, 0 where there is none: uint16."""
-        out = np.zeros(count, np.uint16)
-        out[self.elements] = self.patterns
-        return out
 
 
 def decode(blob: bytes | memoryview, hi: np.ndarray, dtype: str) -> Tail:

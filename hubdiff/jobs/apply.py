@@ -272,7 +272,7 @@ class _Apply:
                 tuned_cards=cards.tuned,
                 target_card=cards.target,
             )
-            described.append(sink.put(CARD, str(card).encode()))
+            described.append(sink.put(CARD, card.encode()))
         return described
 
 

@@ -452,7 +452,7 @@ class _Push:
             tuned_card=facts(self._pair.tuned.tree).card_data,
             base_card=facts(self._pair.base.tree).card_data,
         )
-        return str(card).encode()
+        return card.encode()
 
 
 def _check_worth(extracted: Extracted) -> None:

@@ -16,6 +16,7 @@ import pytest
 import zstandard
 
 from hubdiff.encodings import ENCODINGS, tails
+from hubdiff.encodings.tails import Tail
 
 FORMAT = Path(__file__).parents[2] / "FORMAT.md"
 
@@ -181,7 +182,7 @@ def test_the_document_describes_tails(count: int, share: float, dtype: str) -> N
     lo = rng.integers(1, 1 << 16, count, np.uint16)
     lo[(rng.random(count) > share) | (hi == 0x8000)] = 0
     lo[0] = 5
-    cursor = Cursor(tails.encode(lo, hi, dtype))
+    cursor = Cursor(tails.encode(Tail.of(lo), hi, dtype))
     assert tail(cursor, hi.tolist(), {"BF16": 0x7F80, "F16": 0x7C00}[dtype]) == lo.tolist()
     assert cursor.at == len(cursor.blob)
 
