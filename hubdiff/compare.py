@@ -62,14 +62,12 @@ def compare(tuned: Floats, base: Floats, master: Floats | None, dtype: str) -> C
 
 def _compare_bf16(tuned: np.ndarray, base: np.ndarray) -> Comparison | None:
     """None where the general way is needed."""
-    hi, lo, again = (np.empty_like(tuned) for _ in range(3))
-    changed, tails, numbers = kernels.difference(tuned, base, hi, lo)
-    if not (numbers and kernels.add(base, hi, again)):
+    hi, lo = np.empty_like(tuned), np.empty_like(tuned)
+    changed, tails, numbers, restored = kernels.difference(tuned, base, hi, lo)
+    if not (numbers and restored):  # not: a zero that changed its sign
         return None
     tail = Tail.of(lo) if tails else None
-    if tail:
-        kernels.add_tail(base, hi, *tail, again)
-    if not np.array_equal(again, tuned):  # a zero that changed its sign
+    if tail and not kernels.tail_restores(tuned, base, hi, *tail):
         return None
     squares = kernels.square(hi), kernels.square(base)
     return Comparison(hi, tail, None, changed, *squares)

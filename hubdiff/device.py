@@ -256,21 +256,24 @@ class _Blob:
         return columns.view(-1).view(numerics.UNITS[len(streams)])
 
     def from_tails(self, blob: memoryview, hi: Tensor, exponent: int) -> Tensor:
-        lists = tails.parse(blob, self._count)
-        kinds, totals = _kinds(hi)
-        in_order = kinds.argsort(stable=True)  # the elements kind by kind, unchanged ones last
-        apart = len(lists) == tails.KINDS
-        ends = totals.cumsum(0)
+        parsed = tails.parse(blob, self._count)
+        among: list[int | Tensor] = [self._count]
+        in_order = None
+        if parsed.variant != tails.ANYWHERE:
+            kinds, totals = _kinds(hi)
+            in_order = kinds.argsort(stable=True)  # the elements kind by kind, unchanged ones last
+            among = [*totals] if parsed.variant == tails.APART else [totals.sum()]
         out = torch.zeros_like(hi)
-        for kind, one in enumerate(lists):
-            if one is None:
-                continue
-            first = ends[kind] - totals[kind] if apart else 0
-            places = self._places(one, totals[kind] if apart else ends[-1])
-            elements = in_order[(places + first).clamp_(0, self._count - 1)]
-            symbols, theirs = self._dense(one.symbols, one.count), hi[elements]
-            down = (theirs - (symbols & exponent)) & exponent
-            out[elements] = down | (symbols & ~exponent)
+        start: int | Tensor = 0
+        for one, size in zip(parsed.lists, among, strict=True):
+            if one is not None:
+                elements = (self._places(one, size) + start).clamp_(0, self._count - 1)
+                if in_order is not None:
+                    elements = in_order[elements]
+                symbols, theirs = self._dense(one.symbols, one.count), hi[elements]
+                down = (theirs - (symbols & exponent)) & exponent
+                out[elements] = down | (symbols & ~exponent)
+            start = start + size
         return out
 
     def _dense(self, dense: Dense, count: int) -> Tensor:

@@ -291,15 +291,18 @@ class _Worker:
         piece.base_square += compared.base_square
         piece.delta_square += compared.delta_square
         piece.changed += compared.changed
-        hi, lo, residual = compared.hi, compared.lo, compared.residual
-        tail = b"" if lo is None or hi is None else tails.encode(lo, hi, dtype)
-        if self._plain:
-            if hi is not None:
-                piece.blobs.append(("delta", segment, (hi.tobytes(),)))
-            if tail:
-                piece.blobs.append(("tail", segment, (tail,)))
-        elif hi is not None:
-            piece.blobs.append(("delta", segment, (ENCODINGS["packed"].encode(hi), tail)))
+        hi, residual = compared.hi, compared.residual
+        if hi is not None:
+            blob = hi.tobytes() if self._plain else ENCODINGS["packed"].encode(hi)
+            tail = b""
+            if compared.lo is not None:
+                tail = tails.encode(compared.lo, hi, dtype, len(blob))
+            if not self._plain:
+                piece.blobs.append(("delta", segment, (blob, tail)))
+            else:
+                piece.blobs.append(("delta", segment, (blob,)))
+                if tail:
+                    piece.blobs.append(("tail", segment, (tail,)))
         if residual is not None:
             encoding = ENCODINGS["packed" if residual.itemsize == 2 else "planes"]
             piece.blobs.append(("exact", segment, (encoding.encode(residual),)))

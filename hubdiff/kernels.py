@@ -65,8 +65,9 @@ def _no_number(pattern):  # type: ignore[no-untyped-def]
 @_compiled
 def difference(tuned, base, hi, lo):  # type: ignore[no-untyped-def]
     """``hi`` and ``lo`` of tuned − base, as ``numerics.difference``, all uint16 of one length.
-    Returns how many elements changed, how many ``lo`` are not 0, and whether all are numbers."""
-    changed, tails, odd = 0, 0, _u32(0)
+    Returns how many elements changed, how many ``lo`` are not 0, whether all are numbers, and
+    whether base + ``hi`` is tuned again wherever ``lo`` is 0."""
+    changed, tails, odd, off = 0, 0, _u32(0), _u32(0)
     for i in range(tuned.size):
         x, y = _wide(tuned[i]), _wide(base[i])
         # The negated reverse: equal numbers give −0.0, which is "no change".
@@ -80,7 +81,8 @@ def difference(tuned, base, hi, lo):  # type: ignore[no-untyped-def]
         changed += tuned[i] != base[i]
         tails += low != 0
         odd |= _no_number(high) | _no_number(tuned[i]) | _no_number(base[i])
-    return changed, tails, odd == 0
+        off |= _u32(low == 0) & _u32(_narrow(y + _wide(high)) != tuned[i])
+    return changed, tails, odd == 0, off == 0
 
 
 @_compiled
@@ -102,13 +104,29 @@ def add_tail(target, hi, elements, lo, out):  # type: ignore[no-untyped-def]
     odd = _u32(0)
     for j in range(elements.size):
         i = elements[j]
-        upper, lower = _two_sum(_f64(_wide(hi[i])), _f64(_wide(lo[j])))
-        high, rest = _two_sum(_f64(_wide(target[i])), upper)
-        total = _add_to_odd(high, _add_to_odd(rest, lower))
-        result = _narrow(_cut_to_odd(total))
-        out[i] = result
-        odd |= _no_number(result)
+        out[i] = _exact_sum(target[i], hi[i], lo[j])
+        odd |= _no_number(out[i])
     return odd == 0
+
+
+@_compiled
+def tail_restores(tuned, base, hi, elements, lo):  # type: ignore[no-untyped-def]
+    """Whether ``base`` + ``hi`` + ``lo`` is ``tuned`` again, and a number, at ``elements``, which
+    ``lo`` is given for."""
+    for j in range(elements.size):
+        i = elements[j]
+        result = _exact_sum(base[i], hi[i], lo[j])
+        if result != tuned[i] or _no_number(result):
+            return False
+    return True
+
+
+@_compiled
+def _exact_sum(target, hi, lo):  # type: ignore[no-untyped-def]
+    upper, lower = _two_sum(_f64(_wide(hi)), _f64(_wide(lo)))
+    high, rest = _two_sum(_f64(_wide(target)), upper)
+    total = _add_to_odd(high, _add_to_odd(rest, lower))
+    return _narrow(_cut_to_odd(total))
 
 
 @_compiled
@@ -264,14 +282,19 @@ def to_places(hi, before, elements, places, kinds):  # type: ignore[no-untyped-d
 
 
 @_compiled
-def from_places(hi, before, kind, places, elements):  # type: ignore[no-untyped-def]
-    """The elements of a kind at ``places`` of it (int64, rising, fewer than there are of it): fills
-    ``elements`` (int64)."""
-    block = 0
+def from_places(hi, before, places, elements):  # type: ignore[no-untyped-def]
+    """The elements at ``places`` (int64, rising), counted kind by kind, below the number of all:
+    fills ``elements`` (int64)."""
+    kind, block, start = 0, 0, 0
+    total = before[-1]
     for i in range(places.size):
-        while before[block + 1, kind] <= places[i]:
+        while places[i] - start >= total[kind]:
+            start += total[kind]
+            kind, block = kind + 1, 0
+        place = places[i] - start
+        while before[block + 1, kind] <= place:
             block += 1
-        element, left = block * BLOCK - 1, places[i] - before[block, kind] + 1
+        element, left = block * BLOCK - 1, place - before[block, kind] + 1
         while left:
             element += 1
             left -= _of_kind(hi[element], kind)

@@ -278,9 +278,10 @@ def differences(seed: int, count: int, unchanged: float, share: float) -> list[n
 @pytest.mark.parametrize("unchanged", [0.0, 0.5, 0.999])
 @pytest.mark.parametrize("share", [0.001, 0.1, 1.0])
 @pytest.mark.parametrize("count", [1, 2, 5000, 100_003])
-def test_every_tail_is_decoded_alike(count, share, unchanged, dtype, device):
+@pytest.mark.parametrize("stored", [1, 1 << 30])
+def test_every_tail_is_decoded_alike(count, share, unchanged, dtype, stored, device):
     hi, lo = differences(5, count, unchanged, share)
-    ours, theirs = tail_of(tails.encode(Tail.of(lo), hi, dtype), hi, device, dtype)
+    ours, theirs = tail_of(tails.encode(Tail.of(lo), hi, dtype, stored), hi, device, dtype)
     assert ours == theirs == lo.tobytes()
 
 
@@ -288,11 +289,12 @@ def test_every_tail_is_decoded_alike(count, share, unchanged, dtype, device):
 @pytest.mark.parametrize(
     ("blob", "says"),
     [
-        (b"\x02", "there is no variant 2"),
-        (b"\x00" + gaps(1, b"\xff")[3:], "the gaps are not 1"),
-        (b"\x00" + gaps(2, b"\x00\x05")[3:], "the gaps reach element 6 of 6"),
-        (b"\x01\x00" + gaps(1, b"\x02")[3:] + b"\x00\x00", "the gaps reach element 2 of 2"),
-        (b"\x01\x00\x00" + gaps(1, b"\x00")[3:] + b"\x00", "the gaps reach element 0 of 0"),
+        (b"\x03", "there is no variant 3"),
+        (b"\x00" + gaps(1, b"\xff\xfe")[3:], "the gaps reach element 509 of 306"),
+        (b"\x01" + gaps(1, b"\xff")[3:], "the gaps are not 1"),
+        (b"\x01" + gaps(2, b"\x00\x05")[3:], "the gaps reach element 6 of 6"),
+        (b"\x02\x00" + gaps(1, b"\x02")[3:] + b"\x00\x00", "the gaps reach element 2 of 2"),
+        (b"\x02\x00\x00" + gaps(1, b"\x00")[3:] + b"\x00", "the gaps reach element 0 of 0"),
     ],
 )
 def test_an_impossible_tail_is_refused_in_the_same_words(blob, says, device):
@@ -308,11 +310,12 @@ def test_an_impossible_tail_is_refused_in_the_same_words(blob, says, device):
     flips=st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(0, 255)), max_size=3),
     cut=st.integers(0, 3),
     count=st.sampled_from([30, 4000, 9000]),
+    stored=st.sampled_from([1, 1 << 30]),
 )
 @settings(max_examples=100, deadline=None)
-def test_a_damaged_tail_is_read_alike_or_refused_alike(seed, share, flips, cut, count):
+def test_a_damaged_tail_is_read_alike_or_refused_alike(seed, share, flips, cut, count, stored):
     hi, lo = differences(seed, count, 0.3, share)
-    blob = bytearray(tails.encode(Tail.of(lo), hi, "BF16"))
+    blob = bytearray(tails.encode(Tail.of(lo), hi, "BF16", stored))
     for place, value in flips:
         blob[place % len(blob)] = value
     ours, theirs = tail_of(bytes(blob[: len(blob) - cut]), hi, "cpu")

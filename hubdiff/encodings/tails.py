@@ -2,15 +2,15 @@
 
 ``lo`` is what ``hi`` had no digits for, and few elements have one. Which do, shows in ``hi``: where
 nothing changed there is none, and a ``hi`` that ends in zeros is mostly exact. So the places of
-tails are counted among the changed elements only, kind by kind (``kernels.count_kinds``), and their
-exponents from that of ``hi``. On fine-tunes this takes a quarter to a third off the tails, of which
-a sparse delta has up to a tenth.
+tails may be counted among the changed elements only, kind by kind (``kernels.count_kinds``); and
+their exponents are counted from that of ``hi``. This takes a quarter to a third off the tails, of
+which sparse deltas and long training have up to a tenth; where they are next to nothing, places
+among all elements are read in a quarter of the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,11 +20,12 @@ from hubdiff.encodings._frames import BlobReader
 from hubdiff.encodings.places import Places
 
 KINDS = 4
-TOGETHER, APART = range(2)
+ANYWHERE, TOGETHER, APART = range(3)
 EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00}  # the bits of the exponent
 
-# Measured: from here on, a list of its own for each kind is worth its tables.
-_WORTH_APART = 1 << 12
+# Measured: kinds are worth their time where there is more than one tail for so many bytes of hi,
+# and a list of its own for each kind from so many tails on.
+_WORTH_KINDS, _WORTH_APART = 128, 1 << 12
 
 _NOWHERE, _NOTHING = np.empty(0, np.int64), np.empty(0, np.uint16)
 
@@ -48,22 +49,27 @@ class Tail(NamedTuple):
         return out
 
 
-def encode(tail: Tail, hi: np.ndarray, dtype: str) -> bytes:
-    """The blob of the ``lo`` that belongs to ``hi``. Its elements rise, and ``hi`` is −0.0 at none
-    of them."""
-    from hubdiff import kernels
-
-    elements = tail.elements
-    theirs = hi[elements]
+def encode(tail: Tail, hi: np.ndarray, dtype: str, stored: int) -> bytes:
+    """The blob of the ``lo`` that belongs to ``hi``, which takes ``stored`` bytes. Its elements
+    rise, and ``hi`` is −0.0 at none of them."""
+    elements, theirs = tail.elements, hi[tail.elements]
     if (theirs == dense.SIGN).any():
         raise ValueError("a tail where nothing changed")
-    patterns = relative(tail.patterns, theirs, dtype)
+    symbols = relative(tail.patterns, theirs, dtype)
+    if _WORTH_KINDS * elements.size < stored:
+        return bytes([ANYWHERE]) + places.encode(elements, symbols, hi.size)
+    return _encode_by_kind(elements, symbols, hi)
+
+
+def _encode_by_kind(elements: np.ndarray, symbols: np.ndarray, hi: np.ndarray) -> bytes:
+    from hubdiff import kernels
+
     before = count_before(hi)
     found = np.empty(elements.size, np.int64)
     kinds = np.empty(elements.size, np.uint8)
     kernels.to_places(hi, before, elements, found, kinds)
     order = np.argsort(kinds, kind="stable")
-    found, kinds, symbols = found[order], kinds[order], patterns[order]
+    found, kinds, symbols = found[order], kinds[order], symbols[order]
     totals = before[-1]
     if elements.size < _WORTH_APART:
         found += (np.cumsum(totals) - totals)[kinds]
@@ -92,45 +98,50 @@ def relative(these: np.ndarray, hi: np.ndarray, dtype: str) -> np.ndarray:
     return ((hi - (these & exponent)) & exponent) | (these & ~exponent)
 
 
-def parse(blob: bytes | memoryview, count: int) -> list[Places | None]:
-    """The lists of a blob for ``count`` elements, one for all kinds or one for each. What a list
+@dataclass(frozen=True)
+class Lists:
+    """The places of a tail: one list, or with ``variant`` APART one for each kind. What a list
     counts among is known with ``hi``; to check: its last place is below that."""
+
+    variant: int
+    lists: list[Places | None]
+
+
+def parse(blob: bytes | memoryview, count: int) -> Lists:
+    """The parts of a blob for ``count`` elements."""
     reader = BlobReader(blob, "tail")
     variant = reader.uint(1, "the variant")
-    if variant not in (TOGETHER, APART):
+    if variant not in (ANYWHERE, TOGETHER, APART):
         raise reader.fail(f"there is no variant {variant}")
-    lists = [places.parse(reader, count, 0, count) for _ in range(KINDS if variant else 1)]
+    number = KINDS if variant == APART else 1
+    lists = [places.parse(reader, count, 0, count) for _ in range(number)]
     reader.end()
-    return lists
+    return Lists(variant, lists)
 
 
 def decode(blob: bytes | memoryview, hi: np.ndarray, dtype: str) -> Tail:
     """What ``encode`` made. Raises ``CorruptPayload``."""
     from hubdiff import kernels
 
-    before = count_before(hi)
-    elements, symbols = [_NOWHERE], [_NOTHING]
-    for kind, found, one in _by_kind(parse(blob, hi.size), before[-1]):
-        here = np.empty(found.size, np.int64)
-        kernels.from_places(hi, before, kind, found, here)
-        elements.append(here)
-        symbols.append(one)
-    where = np.concatenate(elements)
-    return Tail(where, relative(np.concatenate(symbols), hi[where], dtype))
+    parsed = parse(blob, hi.size)
+    if parsed.variant == ANYWHERE:
+        elements, symbols = _read(parsed.lists, [hi.size])
+    else:
+        before = count_before(hi)
+        totals = before[-1].tolist()
+        found, symbols = _read(parsed.lists, totals if parsed.variant == APART else [sum(totals)])
+        elements = np.empty(found.size, np.int64)
+        kernels.from_places(hi, before, found, elements)
+    return Tail(elements, relative(symbols, hi[elements], dtype))
 
 
-def _by_kind(
-    lists: list[Places | None], totals: np.ndarray
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Places among the elements of a kind, with their symbols, kind by kind."""
-    if len(lists) == KINDS:
-        for kind, one in enumerate(lists):
-            if one is not None:
-                yield kind, *places.render(one, int(totals[kind]))
-    elif lists[0] is not None:
-        found, symbols = places.render(lists[0], int(totals.sum()))
-        ends = np.cumsum(totals)
-        cuts = [0, *np.searchsorted(found, ends)]
-        for kind, (begin, end) in enumerate(pairwise(cuts)):
-            start = ends[kind] - totals[kind]
-            yield kind, found[begin:end] - start, symbols[begin:end]
+def _read(lists: list[Places | None], among: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The places of all lists, counted on from one to the next, and their symbols."""
+    found, symbols, start = [_NOWHERE], [_NOTHING], 0
+    for one, size in zip(lists, among, strict=True):
+        if one is not None:
+            here, these = places.render(one, size)
+            found.append(here + start)
+            symbols.append(these)
+        start += size
+    return np.concatenate(found), np.concatenate(symbols)

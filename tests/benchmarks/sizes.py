@@ -9,8 +9,9 @@ What was trained stays in --folder and is used again.
 
 A size is that of the whole model, embeddings included, in % of its bf16 weights. hubdiff's are the
 files on disk: "delta + exact" what rebuilds tuned bit for bit (checked here, by sha256), "repo" all
-files of the delta, manifest, card and picture too. The peers' are bare payloads, tensor by tensor;
-their Δ is rounded to bf16, which loses what makes hubdiff's exact. XOR needs the base to be undone,
+files of the delta, manifest, card and picture too. The peers compress tensor by tensor, and what
+they make is put into one safetensors file, as hubdiff's is; their Δ is rounded to bf16, which loses
+what makes hubdiff's exact. XOR needs the base to be undone,
 so it gives tuned back and can't go to another base. "entropy" is the order-0 entropy of every
 tensor's Δ, rounded to bf16, added up.
 """
@@ -44,6 +45,7 @@ from harness import (
     spread,
     table,
 )
+from safetensors.numpy import save
 from safetensors.torch import load_file, save_file
 from training import llama, minilm, tune_llama, tune_minilm
 from transformers.utils import logging
@@ -158,7 +160,8 @@ def peer_sizes(
             except PeerFailed as reason:
                 found = {"failed": str(reason)}
             if "failed" not in found:
-                found = {"bytes": sum(row["bytes"] for row in found.values())}
+                payloads = {k: np.zeros(row["bytes"], np.uint8) for k, row in found.items()}
+                found = {"bytes": len(save(payloads))}
             sizes[f"{codec} on {content}"] = found
     return sizes
 

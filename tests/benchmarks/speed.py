@@ -4,8 +4,8 @@
 
 Models are Llama-shaped with drawn weights (``drawn.py``), in folders; every command is a process of
 its own, timed from start to exit. Contenders take turns, one round after the other. Before each,
-disks are synced and the page cache holds its inputs and nothing else of ours; before all, as much
-memory is touched as a round will use (on a virtual machine the first touch is ten times slower).
+disks are synced, the page cache holds its inputs and nothing else of ours, and free memory is
+touched, so that nobody pays for pages that a virtual machine gave back after the one before.
 
 "copy" reads what applying a plain delta reads and writes what it writes, without arithmetic; once
 as it is and once with an fsync at the end, as hubdiff has it and the peers do not. mergekit merges
@@ -148,7 +148,6 @@ def measure_size(gigabytes: float, folder: Path, others: Peers, runs: int) -> Ro
     for kind in KINDS:
         size = write_model(folder / kind, kind, TINY_LLAMA, layers)
     write_recipe(folder / RECIPE, "./target", "./tuned", "./base")
-    touch_memory(8 * size)
     everyone = contenders(folder, others, size)
     rows: dict[str, Row] = {
         contender.name: {"job": contender.name, "seconds": [], "cpu": [], "peak": []}
@@ -158,15 +157,16 @@ def measure_size(gigabytes: float, folder: Path, others: Peers, runs: int) -> Ro
         for contender in everyone:
             row = rows[contender.name]
             if "failed" not in row:
-                _run(contender, folder, row, check=number == runs - 1)
+                _run(contender, folder, size, row, check=number == runs - 1)
     sizes = {name: _weights(folder / name) for name in ("delta", "plain", "residuals")}
     return {"model_bytes": size, "delta_bytes": sizes, "rows": list(rows.values())}
 
 
-def _run(contender: Contender, folder: Path, row: Row, *, check: bool) -> None:
+def _run(contender: Contender, folder: Path, size: int, row: Row, *, check: bool) -> None:
     made = folder / contender.makes
     shutil.rmtree(made, ignore_errors=True)
     settle(folder, [folder / name for name in contender.reads])
+    touch_memory(8 * size)
     try:
         ran = contender.run()
     except PeerFailed as reason:

@@ -119,8 +119,7 @@ def tail(cursor: Cursor, hi: list[int], exponent: int) -> list[int]:
         if unit != 0x8000:
             by_kind[next((k for k in range(3) if unit >> k & 1), 3)].append(i)
     variant = cursor.uint(1)
-    assert variant < 2
-    lists = by_kind if variant else [[*chain(*by_kind)]]
+    lists = [[[*range(len(hi))]], [[*chain(*by_kind)]], by_kind][variant]
     lo = [0] * len(hi)
     for units in lists:
         for place, symbol in places(cursor):
@@ -173,8 +172,9 @@ def test_every_encoding_is_described() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
+@pytest.mark.parametrize("stored", [1, 1 << 20])
 @pytest.mark.parametrize(("count", "share"), [(1, 1), (900, 0.02), (900, 1), (40_000, 0.3)])
-def test_the_document_describes_tails(count: int, share: float, dtype: str) -> None:
+def test_the_document_describes_tails(count: int, share: float, stored: int, dtype: str) -> None:
     rng = np.random.default_rng(4)
     hi = rng.integers(0, 1 << 16, count, np.uint16)
     hi[rng.random(count) < 0.3] = 0x8000
@@ -182,7 +182,7 @@ def test_the_document_describes_tails(count: int, share: float, dtype: str) -> N
     lo = rng.integers(1, 1 << 16, count, np.uint16)
     lo[(rng.random(count) > share) | (hi == 0x8000)] = 0
     lo[0] = 5
-    cursor = Cursor(tails.encode(Tail.of(lo), hi, dtype))
+    cursor = Cursor(tails.encode(Tail.of(lo), hi, dtype, stored))
     assert tail(cursor, hi.tolist(), {"BF16": 0x7F80, "F16": 0x7C00}[dtype]) == lo.tolist()
     assert cursor.at == len(cursor.blob)
 

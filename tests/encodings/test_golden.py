@@ -79,6 +79,7 @@ CASES = {
 }
 # By the hi of each tail: a tail itself is made from it.
 TAILS = {
+    "tail-anywhere": (_differences(3000, 80), 90),
     "tail-together": (_differences(3000, 80), 20),
     "tail-apart": (_differences(20_000, 100), 3),
 }
@@ -88,6 +89,7 @@ VARIANTS = {
     "packed-ranks": 2,
     "packed-signs": 3,
     "packed-gaps": 4,
+    "tail-anywhere": tails.ANYWHERE,
     "tail-together": tails.TOGETHER,
     "tail-apart": tails.APART,
 }
@@ -102,7 +104,7 @@ def _tail(case: str) -> tuple[np.ndarray, np.ndarray]:
 def _encode(case: str) -> bytes:
     if case in TAILS:
         lo, hi = _tail(case)
-        return tails.encode(Tail.of(lo), hi, "BF16")
+        return tails.encode(Tail.of(lo), hi, "BF16", 4000)
     return ENCODINGS[case.split("-")[0]].encode(CASES[case])
 
 

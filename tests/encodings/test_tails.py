@@ -17,9 +17,9 @@ BLOCK = 64
 DIRECT = b"\x01"
 
 
-def _there_and_back(lo: np.ndarray, hi: np.ndarray, dtype: str = "BF16") -> bytes:
-    blob = tails.encode(Tail.of(lo), hi, dtype)
-    assert blob == tails.encode(Tail.of(lo.copy()), hi.copy(), dtype)
+def _there_and_back(lo: np.ndarray, hi: np.ndarray, dtype: str = "BF16", stored: int = 1) -> bytes:
+    blob = tails.encode(Tail.of(lo), hi, dtype, stored)
+    assert blob == tails.encode(Tail.of(lo.copy()), hi.copy(), dtype, stored)
     np.testing.assert_array_equal(tails.decode(blob, hi, dtype).dense(hi.size), lo)
     return blob
 
@@ -35,14 +35,15 @@ def _there_and_back(lo: np.ndarray, hi: np.ndarray, dtype: str = "BF16") -> byte
         max_size=200,
     ),
     dtype=st.sampled_from(["BF16", "F16"]),
+    stored=st.sampled_from([1, 1 << 20]),
 )
 @settings(deadline=None)
-def test_any_pair_comes_back(pairs: list[tuple[int, int]], dtype: str) -> None:
+def test_any_pair_comes_back(pairs: list[tuple[int, int]], dtype: str, stored: int) -> None:
     """Overflow stores tuned and −base, so that ``lo`` may be as large as ``hi``."""
     hi, lo = (np.array(side, np.uint16) for side in zip(*pairs, strict=True))
     lo[hi == UNCHANGED] = 0
     if lo.any():
-        _there_and_back(lo, hi, dtype)
+        _there_and_back(lo, hi, dtype, stored)
 
 
 @pytest.mark.parametrize("count", [1, BLOCK - 1, BLOCK, BLOCK + 1, 5000, SEGMENT])
@@ -56,6 +57,7 @@ def test_every_density_comes_back(count: int, share: float) -> None:
     lo[(rng.random(count) > share) | (hi == UNCHANGED)] = 0
     lo[-1] = 0x3401
     _there_and_back(lo, hi)
+    _there_and_back(lo, hi, stored=1 << 30)
 
 
 @pytest.mark.parametrize("last_digits", [1, 2, 4, 8])
@@ -66,7 +68,7 @@ def test_all_of_one_kind_come_back(last_digits: int) -> None:
 
 def test_a_tail_where_nothing_changed_is_a_mistake() -> None:
     with pytest.raises(ValueError, match="nothing changed"):
-        tails.encode(Tail.of(np.array([1], np.uint16)), np.array([UNCHANGED], np.uint16), "BF16")
+        tails.encode(Tail.of(np.array([1], np.uint16)), np.array([UNCHANGED], np.uint16), "BF16", 1)
 
 
 def _pair(count: int, step: float) -> tuple[np.ndarray, np.ndarray]:
@@ -102,6 +104,14 @@ def test_it_is_smaller_than_lo_alone(step: float, variant: int, share: float) ->
     assert len(blob) < share * len(ENCODINGS["packed"].encode(lo))
 
 
+def test_few_tails_are_placed_anywhere() -> None:
+    hi, lo = _pair(SEGMENT, 6e-5)
+    stored = len(ENCODINGS["packed"].encode(hi))
+    blob = _there_and_back(lo, hi, stored=stored)
+    assert blob[0] == tails.ANYWHERE
+    assert len(blob) < 0.01 * stored
+
+
 # Blobs by hand, from FORMAT.md.
 
 
@@ -121,11 +131,13 @@ HI = np.array([UNCHANGED, 0x3C01, 0x3C02, 0x3C08, 0x3C03, UNCHANGED], np.uint16)
 @pytest.mark.parametrize(
     ("blob", "elements"),
     [
-        (b"\x00" + _places(b"\x00\x00\x00\x00"), [1, 4, 2, 3]),
-        (b"\x00" + _places(b"\x03"), [3]),
+        (b"\x00" + _places(b"\x01\x02"), [1, 4]),
         (b"\x00\x00", []),
-        (b"\x01" + _places(b"\x01") + _places(b"\x00") + b"\x00" + _places(b"\x00"), [4, 2, 3]),
-        (b"\x01\x00\x00\x00\x00", []),
+        (b"\x01" + _places(b"\x00\x00\x00\x00"), [1, 4, 2, 3]),
+        (b"\x01" + _places(b"\x03"), [3]),
+        (b"\x01\x00", []),
+        (b"\x02" + _places(b"\x01") + _places(b"\x00") + b"\x00" + _places(b"\x00"), [4, 2, 3]),
+        (b"\x02\x00\x00\x00\x00", []),
     ],
 )
 def test_blobs_written_by_hand_are_read(blob: bytes, elements: list[int]) -> None:
@@ -138,15 +150,17 @@ def test_blobs_written_by_hand_are_read(blob: bytes, elements: list[int]) -> Non
     ("blob", "says"),
     [
         (b"", "the variant needs 1 bytes"),
-        (b"\x02", "there is no variant 2"),
+        (b"\x03", "there is no variant 3"),
         (b"\x00", "the number of places needs 1 bytes"),
         (b"\x00\x07", "the number of places is 7, expected 0 to 6"),
-        (b"\x00" + _places(b"\x04"), "the gaps reach element 4 of 4"),
-        (b"\x00" + _places(b"\x00\x00\x00\x00\x00"), "the gaps reach element 4 of 4"),
+        (b"\x00" + _places(b"\x06"), "the gaps reach element 6 of 6"),
         (b"\x00\x00\x00", "1 bytes follow"),
-        (b"\x01\x00\x00\x00", "the number of places needs 1 bytes"),
-        (b"\x01" + _places(b"\x02") + b"\x00\x00\x00", "the gaps reach element 2 of 2"),
-        (b"\x01\x00\x00" + _places(b"\x00") + b"\x00", "the gaps reach element 0 of 0"),
+        (b"\x01\x07", "the number of places is 7, expected 0 to 6"),
+        (b"\x01" + _places(b"\x04"), "the gaps reach element 4 of 4"),
+        (b"\x01" + _places(b"\x00\x00\x00\x00\x00"), "the gaps reach element 4 of 4"),
+        (b"\x02\x00\x00\x00", "the number of places needs 1 bytes"),
+        (b"\x02" + _places(b"\x02") + b"\x00\x00\x00", "the gaps reach element 2 of 2"),
+        (b"\x02\x00\x00" + _places(b"\x00") + b"\x00", "the gaps reach element 0 of 0"),
     ],
 )
 def test_impossible_blobs_are_refused_by_name(blob: bytes, says: str) -> None:
@@ -157,7 +171,7 @@ def test_impossible_blobs_are_refused_by_name(blob: bytes, says: str) -> None:
 def test_nothing_changed_has_no_tail() -> None:
     hi = np.full(9, UNCHANGED, np.uint16)
     with pytest.raises(CorruptPayload, match="the gaps reach element 0 of 0"):
-        tails.decode(b"\x00" + _places(b"\x00"), hi, "BF16")
+        tails.decode(b"\x01" + _places(b"\x00"), hi, "BF16")
 
 
 def test_the_tail_of_a_difference_stands_where_it_changed() -> None:
