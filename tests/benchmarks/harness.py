@@ -174,9 +174,9 @@ def available_memory() -> int:
 
 def touch_memory(nbytes: int) -> None:
     """Write to free memory, as much as a measurement will use, and no more than 90 % of what is
-    free: the page cache stays. A virtual machine gives freed pages back to its host, and the first touch
-    of one after that costs ten times as much as all later ones: without this everyone would pay for
-    what the one before used."""
+    free: the page cache stays. A virtual machine gives freed pages back to its host, and the first
+    touch of one after that costs ten times as much as all later ones: without this everyone would
+    pay for what the one before used."""
     free = int(_proc("meminfo", r"MemFree:\s*(\d+)") or 0) * 1024
     code = f"import numpy; numpy.zeros({min(nbytes, int(0.9 * free))}, 'u1')[::4096] = 1"
     subprocess.run([sys.executable, "-c", code], check=True)
