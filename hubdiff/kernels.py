@@ -285,17 +285,21 @@ def to_places(hi, before, elements, places, kinds):  # type: ignore[no-untyped-d
 def from_places(hi, before, places, elements):  # type: ignore[no-untyped-def]
     """The elements at ``places`` (int64, rising), counted kind by kind, below the number of all:
     fills ``elements`` (int64)."""
-    kind, block, start = 0, 0, 0
-    total = before[-1]
-    for i in range(places.size):
-        while places[i] - start >= total[kind]:
-            start += total[kind]
+    kind, block, start, i = 0, 0, 0, 0
+    totals = before[-1]
+    inside = np.empty(BLOCK + 1, np.uint8)  # where in the block those of the kind are
+    while i < places.size:
+        while places[i] - start >= totals[kind]:
+            start += totals[kind]
             kind, block = kind + 1, 0
-        place = places[i] - start
-        while before[block + 1, kind] <= place:
+        while places[i] - start >= before[block + 1, kind]:
             block += 1
-        element, left = block * BLOCK - 1, place - before[block, kind] + 1
-        while left:
-            element += 1
-            left -= _of_kind(hi[element], kind)
-        elements[i] = element
+        found = 0
+        part = hi[block * BLOCK : (block + 1) * BLOCK]
+        for j in range(part.size):
+            inside[found] = j
+            found += _of_kind(part[j], kind)
+        first = start + before[block, kind]
+        while i < places.size and places[i] < first + found:
+            elements[i] = block * BLOCK + inside[places[i] - first]
+            i += 1

@@ -84,10 +84,10 @@ def _encode_by_kind(elements: np.ndarray, symbols: np.ndarray, hi: np.ndarray) -
 
 def count_before(hi: np.ndarray) -> np.ndarray:
     """How many elements of each kind there are before each block of ``kernels.BLOCK``, and in the
-    last row altogether: int64, blocks + 1 × ``KINDS``."""
+    last row altogether: int32, blocks + 1 × ``KINDS``."""
     from hubdiff import kernels
 
-    before = np.zeros((-(-hi.size // kernels.BLOCK) + 1, KINDS), np.int64)
+    before = np.zeros((-(-hi.size // kernels.BLOCK) + 1, KINDS), np.int32)
     kernels.count_kinds(hi, before)
     return before
 

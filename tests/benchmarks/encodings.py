@@ -2,11 +2,11 @@
 
     python tests/benchmarks/encodings.py [--elements N] --json encodings.json --readme README.md
 
-Model: base = N(0, 0.02) in the dtype, tuned = round(base + N(0, step)), delta = tuned - base with
--0.0 for "unchanged". Sizes are bytes per weight, against the order-0 entropy of the same bits (of
-their byte planes where elements are wider than 16 bits); speeds are GB/s of uncompressed bytes in
-CPU time of one thread. Peers get the same bf16 differences, in a process of their own; pcodec
-encodes each twice, as signed and as rotated integers, and keeps the smaller.
+Model: base = N(0, 0.02) in the dtype, tuned = round(base + N(0, step)), delta = tuned - base: hi,
+and the tail that makes it exact. Sizes are bytes per weight, against the order-0 entropy of the same
+bits (of their byte planes where elements are wider than 16 bits; of hi and lo added up); speeds are
+GB/s of uncompressed weights in CPU time of one thread. Peers get hi alone, in a process of their
+own; pcodec encodes each twice, as signed and as rotated integers, and keeps the smaller.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,10 @@ from harness import (
 )
 from safetensors.numpy import save_file
 
-from hubdiff.encodings import ENCODINGS, SEGMENT
+from hubdiff.compare import Floats, compare
+from hubdiff.encodings import ENCODINGS, SEGMENT, tails
+from hubdiff.encodings.tails import Tail
+from hubdiff.numerics import DTYPES
 
 UNCHANGED = 0x8000  # -0.0
 STEPS = {  # of the noise → what leaves as many elements unchanged
@@ -52,21 +56,44 @@ GOALS = {"RL-like": 3.0, "SFT at 5e-6": 1.0, "SFT at 2e-5": 1.0, "SFT at 1e-4": 
 CODECS = ("zipnn", "pcodec", "zstd-1")
 
 
-def inputs(count: int) -> list[tuple[str, str, np.ndarray]]:
+@dataclass(frozen=True)
+class Input:
+    """``bits`` for the encoding of that name; of a difference the ``lo`` and the dtype too."""
+
+    what: str
+    encoding: str
+    bits: np.ndarray
+    dtype: str = ""
+    lo: Tail | None = None
+
+    @property
+    def entropy(self) -> float:
+        if self.bits.itemsize > 2:
+            return planes_bytes(self.bits)
+        lo = order0_bytes(self.lo.dense(self.bits.size)) if self.lo else 0
+        return order0_bytes(self.bits) + lo
+
+    def encode(self) -> list[bytes]:
+        blob = ENCODINGS[self.encoding].encode(self.bits)
+        return [blob, tails.encode(self.lo, self.bits, self.dtype, len(blob)) if self.lo else b""]
+
+    def decode(self, blobs: list[bytes], out: np.ndarray) -> Tail | None:
+        ENCODINGS[self.encoding].decode(blobs[0], out)
+        return tails.decode(blobs[1], out, self.dtype) if self.lo else None
+
+
+def inputs(count: int) -> list[Input]:
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(count, generator=generator) * 0.02
     noise = torch.randn(count, generator=generator)
-    bf16, fp16 = torch.bfloat16, torch.float16
-    found = [(label(name), "packed", delta(base, noise, s, bf16)) for s, name in STEPS.items()]
-    found.append(("fp16 delta, SFT at 2e-5", "packed", delta(base, noise, 2e-4, fp16)))
-    for share in (1e-4, 5e-4, 2e-3, 1e-2):
-        found.append((f"tail, {share:.2%} of weights", "packed", tail(base, noise, share)))
+    found = [delta(label(name), base, noise * step, "BF16") for step, name in STEPS.items()]
+    found.append(delta("fp16 delta, SFT at 2e-5", base, noise * 2e-4, "F16"))
     for share in (1e-3, 1e-2):
-        found.append((f"16-bit ULPs, {share:.1%}", "packed", ulps(count, share, np.uint16)))
-    found.append(("bf16 weights", "packed", bits_of(base.to(bf16))))
-    found.append(("32-bit ULPs, dense", "planes", ulps(count, 1.0, np.uint32)))
-    found.append(("fp32 weights", "planes", bits_of(base)))
-    found.append(("fp32 weights", "plain", bits_of(base)))
+        found.append(Input(f"16-bit ULPs, {share:.1%}", "packed", ulps(count, share, np.uint16)))
+    found.append(Input("bf16 weights", "packed", bits_of(base.bfloat16())))
+    found.append(Input("32-bit ULPs, dense", "planes", ulps(count, 1.0, np.uint32)))
+    found.append(Input("fp32 weights", "planes", bits_of(base)))
+    found.append(Input("fp32 weights", "plain", bits_of(base)))
     return found
 
 
@@ -74,19 +101,13 @@ def label(name: str) -> str:
     return f"bf16 delta, {name}"
 
 
-def delta(base: torch.Tensor, noise: torch.Tensor, step: float, dtype: torch.dtype) -> np.ndarray:
-    start = base.to(dtype).float()
-    difference = ((start + noise * step).to(dtype).float() - start).to(dtype)
-    bits = bits_of(difference)
-    bits[(difference == 0).numpy()] = UNCHANGED
-    return bits
-
-
-def tail(base: torch.Tensor, noise: torch.Tensor, share: float) -> np.ndarray:
-    """Like the low part of a difference: a few small values of all mantissas, else unchanged."""
-    bits = bits_of((noise * base.abs() * 2**-9).to(torch.bfloat16))
-    bits[np.random.default_rng(1).random(bits.size) >= share] = UNCHANGED
-    return bits
+def delta(what: str, base: torch.Tensor, step: torch.Tensor, dtype: str) -> Input:
+    start = base.to(DTYPES[dtype])
+    tuned = (start.float() + step).to(DTYPES[dtype])
+    sides = (Floats(bits_of(side), dtype) for side in (tuned, start))
+    found = compare(*sides, None, dtype)
+    assert found.hi is not None
+    return Input(what, "packed", found.hi, dtype, found.lo)
 
 
 def ulps(count: int, share: float, dtype: type[np.unsignedinteger]) -> np.ndarray:
@@ -105,19 +126,21 @@ def bits_of(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(signed).numpy().view(unsigned).copy()
 
 
-def measure_encoding(what: str, name: str, bits: np.ndarray, runs: int) -> Row:
-    encoding = ENCODINGS[name]
-    out = np.empty_like(bits)
-    blob = encoding.encode(bits)
-    encode = seconds(lambda: encoding.encode(bits), runs)
-    decode = seconds(lambda: encoding.decode(blob, out), runs)
+def measure_encoding(given: Input, runs: int) -> Row:
+    bits, out = given.bits, np.empty_like(given.bits)
+    blobs = given.encode()
+    encode = seconds(given.encode, runs)
+    decode = seconds(lambda: given.decode(blobs, out), runs)
+    lo = given.decode(blobs, out)
     assert np.array_equal(out, bits)
+    if given.lo and lo:
+        assert np.array_equal(given.lo.dense(bits.size), lo.dense(bits.size))
     return {
-        "input": what,
-        "encoding": name,
+        "input": given.what,
+        "encoding": given.encoding + " + tail" * bool(given.lo),
         "zeros": float(np.mean((bits == 0) | (bits == UNCHANGED))),
-        "entropy": order0_bytes(bits) if bits.itemsize <= 2 else planes_bytes(bits),
-        "size": len(blob) / bits.size,
+        "entropy": given.entropy,
+        "size": sum(map(len, blobs)) / bits.size,
         "encode": [bits.nbytes / s / 1e9 for s in encode],
         "decode": [bits.nbytes / s / 1e9 for s in decode],
     }
@@ -152,8 +175,8 @@ def measure_peers(tensors: dict[str, np.ndarray], others: Peers, runs: int) -> R
 
 def measure(options: argparse.Namespace, others: Peers) -> Row:
     given = inputs(options.elements)
-    rows = [measure_encoding(*one, options.runs) for one in given]
-    tensors = {label(name): bits for name, (_, _, bits) in zip(STEPS.values(), given, strict=False)}
+    rows = [measure_encoding(one, options.runs) for one in given]
+    tensors = {one.what: one.bits for one in given[: len(STEPS)]}
     found = measure_peers(tensors, others, options.runs)
     failed = {codec: row.pop("failed") for codec, row in found.items() if "failed" in row}
     for codec, by_input in found.items():
@@ -162,14 +185,15 @@ def measure(options: argparse.Namespace, others: Peers) -> Row:
             ours = next(one for one in rows if one["input"] == what)
             rows.append(
                 {
-                    **{key: ours[key] for key in ("input", "zeros", "entropy")},
+                    **{key: ours[key] for key in ("input", "zeros")},
+                    "entropy": order0_bytes(bits),
                     "encoding": codec,
                     "size": row["bytes"] / bits.size,
                     "encode": [bits.nbytes / s / 1e9 for s in row["encode"]],
                     "decode": [bits.nbytes / s / 1e9 for s in row["decode"]],
                 }
             )
-    order = [what for what, _, _ in given]
+    order = [one.what for one in given]
     rows.sort(key=lambda row: order.index(row["input"]))
     return {
         "elements": options.elements,
@@ -194,7 +218,7 @@ def render(document: Row) -> str:
         for row in document["rows"]
     ]
     failed = [f"{codec} did not run: {why}." for codec, why in document["failed"].items()]
-    ours = {row["input"]: row for row in document["rows"] if row["encoding"] in ENCODINGS}
+    ours = {row["input"]: row for row in document["rows"] if row["encoding"] not in CODECS}
     goals = [
         Goal(f"decode, {what}, one core", ours[label(what)]["decode"], limit, "GB/s", at_least=True)
         for what, limit in GOALS.items()
