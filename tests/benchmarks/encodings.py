@@ -3,10 +3,10 @@
     python tests/benchmarks/encodings.py [--elements N] --json encodings.json --readme README.md
 
 Model: base = N(0, 0.02) in the dtype, tuned = round(base + N(0, step)), delta = tuned - base: hi,
-and the tail that makes it exact. Sizes are bytes per weight, against the order-0 entropy of the same
-bits (of their byte planes where elements are wider than 16 bits; of hi and lo added up); speeds are
-GB/s of uncompressed weights in CPU time of one thread. Peers get hi alone, in a process of their
-own; pcodec encodes each twice, as signed and as rotated integers, and keeps the smaller.
+and the tail that makes it exact. Sizes are bytes per weight, against the order-0 entropy of the
+same bits (of their byte planes where elements are wider than 16 bits; of hi and lo added up);
+speeds are GB/s of uncompressed weights in CPU time of one thread. Peers get hi alone, in a process
+of their own; pcodec encodes each twice, as signed and as rotated integers, and keeps the smaller.
 """
 
 from __future__ import annotations
