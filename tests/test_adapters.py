@@ -506,7 +506,7 @@ def edit_part(delta: Path, edit: Edit) -> None:
         (lambda p: p.update(bytes=383), BadManifest, ("383",)),
         (lambda p: p.update(dtype="BF16"), BadManifest, ("F32",)),
         (lambda p: p.pop("low_rank"), BadManifest, ("low_rank",)),
-        (lambda p: p.update(encoding="planes"), CorruptPayload, ("blobs end",)),
+        (lambda p: p.update(encoding="planes"), CorruptPayload, ("planes",)),
         (lambda p: p.update(encoding="wavelets"), CorruptPayload, ("wavelets", "Upgrade")),
         (lambda p: p.update(blake3="0" * 64), IntegrityError, ("q_proj",)),
     ],
