@@ -162,7 +162,7 @@ def _render(name: str, metadata: Mapping[str, Any], **values: Any) -> str:
         percent=percent,
         version=__version__,
     )
-    # huggingface_hub.ModelCardData writes the same; to import it takes longer than all of this.
+    # huggingface_hub.ModelCardData holds the same; to import it takes longer than all of this.
     known = {key: value for key, value in metadata.items() if value is not None}
     head = yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
     return f"---\n{head}---\n\n{body.strip()}\n"

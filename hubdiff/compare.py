@@ -64,7 +64,7 @@ def _compare_bf16(tuned: np.ndarray, base: np.ndarray) -> Comparison | None:
     """None where the general way is needed."""
     hi, lo = np.empty_like(tuned), np.empty_like(tuned)
     changed, tails, numbers, restored = kernels.difference(tuned, base, hi, lo)
-    if not (numbers and restored):  # not: a zero that changed its sign
+    if not (numbers and restored):  # a NaN, an Inf, a zero that changed its sign
         return None
     tail = Tail.of(lo) if tails else None
     if tail and not kernels.tail_restores(tuned, base, hi, *tail):

@@ -21,7 +21,7 @@ from hubdiff.writer import OutputFile
 
 def dense_dtype(record: TensorRecord) -> str:
     """The dtype of a tensor's dense Δ: that of ``hi``, or its own for an added tensor."""
-    part = record.part("delta") or record.part("tail")
+    part = record.part("delta")
     assert part is not None
     return part.dtype
 

@@ -73,11 +73,8 @@ class Engine(Protocol):
 def difference_of(part: Part, layers: Layers) -> numerics.Difference | None:
     """Δ of a segment out of its decoded ``hi`` and ``lo``; None when nothing changes."""
     hi, lo = layers.get("hi"), layers.get("lo")
-    if hi is None and lo is None:
-        return None
     if hi is None:
-        assert lo is not None
-        hi = torch.full_like(lo, torch.iinfo(lo.dtype).min)
+        return None
     dtype = numerics.DTYPES[part.dtype]
     return numerics.Difference(hi.view(dtype), None if lo is None else lo.view(dtype))
 
@@ -188,6 +185,7 @@ class _GpuWork:
                 bits = make()
         except CorruptPayload:
             # Of several faults the CPU meets another one first: the same words on every device.
+            self.settle()
             on_cpu()
             raise
         if made.wrong:
@@ -271,8 +269,9 @@ class _Blob:
                 if in_order is not None:
                     elements = in_order[elements]
                 symbols, theirs = self._dense(one.symbols, one.count), hi[elements]
-                down = (theirs - (symbols & exponent)) & exponent
-                out[elements] = down | (symbols & ~exponent)
+                lo = ((theirs - (symbols & exponent)) & exponent) | (symbols & ~exponent)
+                self.wrong += [(theirs == -0x8000).any(), (lo == 0).any()]
+                out[elements] = lo
             start = start + size
         return out
 
@@ -316,7 +315,7 @@ class _Blob:
         return out
 
     def _places(self, places: Places, below: int | Tensor) -> Tensor:
-        """The places as int64; ``wrong`` where one is not ``below`` that, and may be anything."""
+        """The places as int64. Where they are wrong, which is noted, they may be any number."""
         coarse = self._load(places.coarse)
         is_end = coarse != ESCAPE
         ends = is_end.cumsum(0)
@@ -354,7 +353,7 @@ def _kinds(hi: Tensor) -> tuple[Tensor, Tensor]:
 def _dense_tail(part: Part, blob: memoryview, hi: Tensor, where: str) -> np.ndarray:
     """``lo`` made on the CPU."""
     here = hi.cpu().numpy().view(np.uint16)
-    return decode_tail(part, blob, here, where).dense(here.size)
+    return decode_tail(part, blob, here, where).full(here.size)
 
 
 _RENDERED = {"packed": _Blob.from_packed, "planes": _Blob.from_planes}

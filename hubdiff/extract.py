@@ -265,6 +265,7 @@ class _Worker:
             piece.changed = len(tuned)
             return
         base = np.frombuffer(piece.base, unit_dtype(pair.base.entry.dtype))
+        delta = self._delta_dtype(pair)
         for segment, part in piece.span.segments():
             if not pair.is_float:
                 self._encode_raw(piece, segment, tuned[part], base[part])
@@ -273,9 +274,9 @@ class _Worker:
                 Floats(tuned[part], dtype),
                 Floats(base[part], pair.base.entry.dtype),
                 _master_part(pair, master, part),
-                self._delta_dtype(pair),
+                delta,
             )
-            self._encode_float(piece, segment, compared, self._delta_dtype(pair))
+            self._encode_float(piece, segment, compared, delta)
 
     def _raw(self, bits: np.ndarray) -> bytes:
         return ENCODINGS["plain" if self._plain else "planes"].encode(bits)

@@ -472,9 +472,6 @@ def _check_parts(
     floats = {part.dtype for part in parts if {"hi", "lo"} & set(part.layers)}
     if len(floats) > 1:
         raise reader.bad("parts", f"gives Δ two dtypes, {' and '.join(sorted(floats))}")
-    layers = [part.layers for part in parts]
-    if ("lo",) in layers and ("hi",) not in layers:
-        raise reader.bad("parts", "holds a tail without the dense Δ that it belongs to")
     for part in parts:
         if part.layers in (("raw",), ("ulp",)) and part.dtype != dtype:
             raise reader.bad("parts", f"holds {part.dtype} bits of a {dtype} tensor")
@@ -483,6 +480,14 @@ def _check_parts(
                 raise reader.bad("parts", "holds the raw tensor instead of a difference")
         elif not {dtype, base_dtype, part.dtype} <= set(_FLOATS):
             raise reader.bad("parts", f"holds a difference of {dtype} and {base_dtype} tensors")
+    plain = [part.layers for part in parts if part.encoding == "plain"]
+    for part in parts:
+        if "lo" in part.layers and (
+            part.dtype not in ("BF16", "F16") or part.encoding in ("plain", LOW_RANK)
+        ):
+            raise reader.bad("parts", f"holds a tail as {part.encoding} of {part.dtype}")
+        if part.layers == ("lo",) and ("hi",) not in plain:
+            raise reader.bad("parts", "holds a tail without the dense Δ that it belongs to")
 
 
 def _check_low_rank(parts: tuple[Part, ...], shape: tuple[int, ...], reader: fields.Fields) -> None:

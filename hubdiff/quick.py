@@ -51,7 +51,7 @@ def combine_quick(
 def _add(target: np.ndarray, layers: dict[str, np.ndarray | None], out: np.ndarray) -> bool:
     """Fill ``out``; False: not all of it are numbers, or there are exact bits to look at."""
     hi, lo = layers.get("hi"), layers.get("lo")
-    if layers.get("ulp") is not None or (hi is None and lo is not None):
+    if layers.get("ulp") is not None:
         return False
     if hi is None:
         out[:] = target

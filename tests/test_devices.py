@@ -202,8 +202,8 @@ def gaps(others: int, coarse: bytes, fine_bits: int = 0, fine: bytes = b"") -> b
         (gaps(1, b"\x00\xff"), "the gaps are not 1"),
         (gaps(1, b"\x00\x00"), "the gaps are not 1"),
         (gaps(2, b"\x00\xff"), "the gaps are not 2"),
-        (gaps(1, b"\xff\xff\x5a"), "the gaps reach element 600 of 600"),
-        (gaps(1, b"\xfe", 8, b"\x00"), "the gaps reach element 65024 of 600"),
+        (gaps(1, b"\xff\xff\x5a"), "the gaps reach place 600 of 600"),
+        (gaps(1, b"\xfe", 8, b"\x00"), "the gaps reach place 65024 of 600"),
         (b"\x07", "variant 7"),
         (gaps(1, b"\x00") + b"\x00", "1 bytes follow"),
     ],
@@ -290,11 +290,13 @@ def test_every_tail_is_decoded_alike(count, share, unchanged, dtype, stored, dev
     ("blob", "says"),
     [
         (b"\x03", "there is no variant 3"),
-        (b"\x00" + gaps(1, b"\xff\xfe")[3:], "the gaps reach element 509 of 306"),
+        (b"\x00" + gaps(1, b"\xff\xfe")[3:], "the gaps reach place 509 of 306"),
+        (b"\x00\x01\x00\x00" + raw(b"\x10") + b"\x00\x01\x00", "a place has no tail"),
+        (b"\x00\x01\x00\x00" + raw(b"\x00") + b"\x00\x00\x00", "a place has no tail"),
         (b"\x01" + gaps(1, b"\xff")[3:], "the gaps are not 1"),
-        (b"\x01" + gaps(2, b"\x00\x05")[3:], "the gaps reach element 6 of 6"),
-        (b"\x02\x00" + gaps(1, b"\x02")[3:] + b"\x00\x00", "the gaps reach element 2 of 2"),
-        (b"\x02\x00\x00" + gaps(1, b"\x00")[3:] + b"\x00", "the gaps reach element 0 of 0"),
+        (b"\x01" + gaps(2, b"\x00\x05")[3:], "the gaps reach place 6 of 6"),
+        (b"\x02\x00" + gaps(1, b"\x02")[3:] + b"\x00\x00", "the gaps reach place 2 of 2"),
+        (b"\x02\x00\x00" + gaps(1, b"\x00")[3:] + b"\x00", "the gaps reach place 0 of 0"),
     ],
 )
 def test_an_impossible_tail_is_refused_in_the_same_words(blob, says, device):

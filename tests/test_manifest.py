@@ -309,6 +309,21 @@ PARTS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"layers": ["raw"]},
         "instead of a difference",
     ),
+    "a dense tail": (
+        {"layers": ["hi", "lo"]},
+        {"encoding": "plain"},
+        "a tail as plain of BF16",
+    ),
+    "a tail in float32": (
+        {"layers": ["hi", "lo"]},
+        {"dtype": "F32"},
+        "a tail as packed of F32",
+    ),
+    "a tail alone": (
+        {"layers": ["hi", "lo"]},
+        {"group": "tail", "layers": ["lo"]},
+        "without the dense",
+    ),
     "a correction of an integer": ({"dtype": "I64"}, {"layers": ["ulp"]}, "difference of I64"),
 }
 

@@ -274,9 +274,9 @@ def _render_ranks(parsed: Ranks, out: np.ndarray) -> None:
     is_escape = ranks == ESCAPE
     escapes = int(np.count_nonzero(is_escape))
     if int(np.count_nonzero(ranks >= size)) != escapes:
-        raise _fail(f"a rank is beyond the table of {size}")
+        raise _fail(parsed, f"a rank is beyond the table of {size}")
     if parsed.escapes != escapes:
-        raise _fail(f"the ranks have {escapes} escapes, {parsed.escapes} are declared")
+        raise _fail(parsed, f"the ranks have {escapes} escapes, {parsed.escapes} are declared")
     table = np.zeros(256, np.uint16)
     _render_symbols(parsed.table, table[:size])
     kernels.from_ranks(ranks, table, out)
@@ -286,5 +286,5 @@ def _render_ranks(parsed: Ranks, out: np.ndarray) -> None:
         out[where(is_escape)] = escaped
 
 
-def _fail(what: str) -> CorruptPayload:
-    return corrupt(f"Corrupt packed blob: {what}.")
+def _fail(ranks: Ranks, what: str) -> CorruptPayload:
+    return corrupt(f"Corrupt {ranks.ranks.encoding} blob: {what}.")

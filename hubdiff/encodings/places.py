@@ -30,7 +30,7 @@ def encode(places: np.ndarray, symbols: np.ndarray, among: int) -> bytes:
     from hubdiff import kernels
 
     fine_bits = _fine_bits(places)
-    coarse = np.empty(_most_coarse(among, count, fine_bits), np.uint8)
+    coarse = np.empty(count + _most_escapes(among, fine_bits), np.uint8)
     fine = np.empty(_fine_bytes(count, fine_bits), np.uint8)
     coarse = coarse[: kernels.to_gaps(places, fine_bits, coarse, fine)]
     head = write_varint(count) + bytes([fine_bits]) + write_varint(coarse.size - count)
@@ -45,9 +45,8 @@ def _fine_bits(places: np.ndarray) -> int:
     return min(MOST_FINE_BITS, max(0, usual.bit_length() - 2))
 
 
-def _most_coarse(among: int, count: int, fine_bits: int) -> int:
-    """Coarse bytes at most: one for each place, and escapes, which ``among`` bounds."""
-    return count + (among >> fine_bits) // ESCAPE
+def _most_escapes(among: int, fine_bits: int) -> int:
+    return (among >> fine_bits) // ESCAPE
 
 
 def _fine_bytes(count: int, fine_bits: int) -> int:
@@ -74,8 +73,8 @@ def parse(reader: BlobReader, among: int, least: int, most: int) -> Places | Non
     fine_bits = reader.uint(1, "the number of fine bits")
     if fine_bits > MOST_FINE_BITS:
         raise reader.fail(f"the gaps have {fine_bits} fine bits, {MOST_FINE_BITS} at most can be")
-    most_escapes = _most_coarse(among, count, fine_bits) - count
-    escapes = reader.count("the number of escapes in the gaps", 0, most_escapes)
+    most = _most_escapes(among, fine_bits)
+    escapes = reader.count("the number of escapes in the gaps", 0, most)
     coarse = reader.stream("the gaps", count + escapes)
     fine = reader.plain("the fine bits of the gaps", _fine_bytes(count, fine_bits))
     symbols = dense.parse(reader, count, "the symbols")
@@ -90,13 +89,13 @@ def render(places: Places, among: int) -> tuple[np.ndarray, np.ndarray]:
     found = np.empty(places.count, np.int64)
     ends = kernels.from_gaps(coarse, places.fine_bits, places.fine.content(), found)
     if ends != places.count or coarse[-1] == ESCAPE:
-        raise _fail(f"the gaps are not {places.count}, each ended by a byte below {ESCAPE}")
+        raise _fail(places, f"are not {places.count}, each ended by a byte below {ESCAPE}")
     if found[-1] >= among:
-        raise _fail(f"the gaps reach element {found[-1]} of {among}")
+        raise _fail(places, f"reach place {found[-1]} of {among}")
     symbols = np.empty(places.count, np.uint16)
     dense.render(places.symbols, symbols)
     return found, symbols
 
 
-def _fail(what: str) -> CorruptPayload:
-    return corrupt(f"Corrupt packed blob: {what}.")
+def _fail(places: Places, what: str) -> CorruptPayload:
+    return corrupt(f"Corrupt {places.coarse.encoding} blob: the gaps {what}.")

@@ -70,7 +70,7 @@ class Input:
     def entropy(self) -> float:
         if self.bits.itemsize > 2:
             return planes_bytes(self.bits)
-        lo = order0_bytes(self.lo.dense(self.bits.size)) if self.lo else 0
+        lo = order0_bytes(self.lo.full(self.bits.size)) if self.lo else 0
         return order0_bytes(self.bits) + lo
 
     def encode(self) -> list[bytes]:
@@ -134,7 +134,7 @@ def measure_encoding(given: Input, runs: int) -> Row:
     lo = given.decode(blobs, out)
     assert np.array_equal(out, bits)
     if given.lo and lo:
-        assert np.array_equal(given.lo.dense(bits.size), lo.dense(bits.size))
+        assert np.array_equal(given.lo.full(bits.size), lo.full(bits.size))
     return {
         "input": given.what,
         "encoding": given.encoding + " + tail" * bool(given.lo),

@@ -195,7 +195,7 @@ def test_the_worked_example_of_a_tail_is_right() -> None:
     )
     blob = _bytes_of(text.split("Worked example", 1)[1])
     found = tails.decode(blob, np.array(hi, np.uint16), "BF16")
-    assert found.dense(len(hi)).tolist() == tail(Cursor(blob), hi, 0x7F80) == lo
+    assert found.full(len(hi)).tolist() == tail(Cursor(blob), hi, 0x7F80) == lo
 
 
 def _bytes_of(example: str) -> bytes:

@@ -113,7 +113,7 @@ def test_old_blobs_are_read_forever(case: str) -> None:
     blob = (GOLDEN / f"{case}.bin").read_bytes()
     if case in TAILS:
         expected, hi = _tail(case)
-        out = tails.decode(blob, hi, "BF16").dense(hi.size)
+        out = tails.decode(blob, hi, "BF16").full(hi.size)
     else:
         expected = CASES[case]
         out = np.empty_like(expected)

@@ -14,13 +14,13 @@ from hubdiff.errors import CorruptPayload
 
 UNCHANGED = 0x8000
 BLOCK = 64
-DIRECT = b"\x01"
+CONSTANT = b"\x00"
 
 
 def _there_and_back(lo: np.ndarray, hi: np.ndarray, dtype: str = "BF16", stored: int = 1) -> bytes:
     blob = tails.encode(Tail.of(lo), hi, dtype, stored)
     assert blob == tails.encode(Tail.of(lo.copy()), hi.copy(), dtype, stored)
-    np.testing.assert_array_equal(tails.decode(blob, hi, dtype).dense(hi.size), lo)
+    np.testing.assert_array_equal(tails.decode(blob, hi, dtype).full(hi.size), lo)
     return blob
 
 
@@ -86,7 +86,7 @@ def _pair(count: int, step: float) -> tuple[np.ndarray, np.ndarray]:
     found = compare(Floats(tuned, "BF16"), Floats(base, "BF16"), None, "BF16")
     assert found.hi is not None
     assert found.lo is not None
-    return found.hi, found.lo.dense(count)
+    return found.hi, found.lo.full(count)
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,11 @@ def _raw(data: bytes) -> bytes:
     return write_varint(len(data)) + data
 
 
-def _places(gaps: bytes, escapes: int = 0) -> bytes:
-    count = len(gaps) - escapes
-    head = write_varint(count) + b"\x00" + write_varint(escapes)
-    return head + _raw(gaps) + DIRECT + _raw(bytes(count)) + _raw(b"\x09" * count)
+def _places(gaps: bytes, symbol: int = 0x0480) -> bytes:
+    """A symbol for each gap, all the same."""
+    count = len(gaps)
+    head = write_varint(count) + b"\x00\x00" + _raw(gaps)
+    return head + CONSTANT + symbol.to_bytes(2, "little")
 
 
 HI = np.array([UNCHANGED, 0x3C01, 0x3C02, 0x3C08, 0x3C03, UNCHANGED], np.uint16)
@@ -153,14 +154,17 @@ def test_blobs_written_by_hand_are_read(blob: bytes, elements: list[int]) -> Non
         (b"\x03", "there is no variant 3"),
         (b"\x00", "the number of places needs 1 bytes"),
         (b"\x00\x07", "the number of places is 7, expected 0 to 6"),
-        (b"\x00" + _places(b"\x06"), "the gaps reach element 6 of 6"),
+        (b"\x00" + _places(b"\x00"), "a place has no tail"),
+        (b"\x00" + _places(b"\x01", symbol=0x3C00), "a place has no tail"),
+        (b"\x01" + _places(b"\x02", symbol=0x3C00), "a place has no tail"),
+        (b"\x00" + _places(b"\x06"), "the gaps reach place 6 of 6"),
         (b"\x00\x00\x00", "1 bytes follow"),
         (b"\x01\x07", "the number of places is 7, expected 0 to 6"),
-        (b"\x01" + _places(b"\x04"), "the gaps reach element 4 of 4"),
-        (b"\x01" + _places(b"\x00\x00\x00\x00\x00"), "the gaps reach element 4 of 4"),
+        (b"\x01" + _places(b"\x04"), "the gaps reach place 4 of 4"),
+        (b"\x01" + _places(b"\x00\x00\x00\x00\x00"), "the gaps reach place 4 of 4"),
         (b"\x02\x00\x00\x00", "the number of places needs 1 bytes"),
-        (b"\x02" + _places(b"\x02") + b"\x00\x00\x00", "the gaps reach element 2 of 2"),
-        (b"\x02\x00\x00" + _places(b"\x00") + b"\x00", "the gaps reach element 0 of 0"),
+        (b"\x02" + _places(b"\x02") + b"\x00\x00\x00", "the gaps reach place 2 of 2"),
+        (b"\x02\x00\x00" + _places(b"\x00") + b"\x00", "the gaps reach place 0 of 0"),
     ],
 )
 def test_impossible_blobs_are_refused_by_name(blob: bytes, says: str) -> None:
@@ -170,7 +174,7 @@ def test_impossible_blobs_are_refused_by_name(blob: bytes, says: str) -> None:
 
 def test_nothing_changed_has_no_tail() -> None:
     hi = np.full(9, UNCHANGED, np.uint16)
-    with pytest.raises(CorruptPayload, match="the gaps reach element 0 of 0"):
+    with pytest.raises(CorruptPayload, match="the gaps reach place 0 of 0"):
         tails.decode(b"\x01" + _places(b"\x00"), hi, "BF16")
 
 
