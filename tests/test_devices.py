@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import models
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import hubdiff
 from hubdiff import merge, numerics, nvcomp
-from hubdiff.device import Cpu, Gpu
+from hubdiff.device import Cpu, Gpu, Work
 from hubdiff.encodings import ENCODINGS, SEGMENT, Stream, tails
 from hubdiff.encodings._frames import write_varint
 from hubdiff.encodings.tails import Tail
@@ -108,17 +108,20 @@ def part_of(encoding: str, width: int) -> Part:
 def both(encoding: str, width: int, blob: bytes, count: int, device: str) -> list[object]:
     """What the CPU and the device make of a blob: bytes, or the words of the refusal."""
     part, view = part_of(encoding, width), memoryview(blob)
-    answers: list[object] = []
+    return answers(device, lambda work: work.decode(part, view, count, "here"))
+
+
+def answers(device: str, make: Callable[[Work], torch.Tensor]) -> list[object]:
+    found: list[object] = []
     for engine in (Cpu(), Gpu(device)):
         try:
             with engine.block() as work:
-                bits = work.decode(part, view, count, "here")
-                data = work.send(bits.view(torch.uint8))
+                data = work.send(make(work).view(torch.uint8))
                 work.settle()
-            answers.append(bytes(data))
+            found.append(bytes(data))
         except CorruptPayload as error:
-            answers.append(str(error))
-    return answers
+            found.append(str(error))
+    return found
 
 
 def symbols(seed: int, count: int, common: float, distinct: int) -> np.ndarray:
@@ -249,18 +252,8 @@ def test_damage_is_read_alike_or_refused_alike(seed, common, flips, cut, encodin
 
 def tail_of(blob: bytes, hi: np.ndarray, device: str, dtype: str = "BF16") -> list[object]:
     """What the CPU and the device make of a tail, as ``both``."""
-    part = Part("delta", ("hi", "lo"), "packed", dtype, 0, "")
-    answers: list[object] = []
-    for engine in (Cpu(), Gpu(device)):
-        try:
-            with engine.block() as work:
-                lo = work.tail(part, memoryview(blob), work.place(hi), "here")
-                data = work.send(lo.view(torch.uint8))
-                work.settle()
-            answers.append(bytes(data))
-        except CorruptPayload as error:
-            answers.append(str(error))
-    return answers
+    part, view = Part("delta", ("hi", "lo"), "packed", dtype, 0, ""), memoryview(blob)
+    return answers(device, lambda work: work.tail(part, view, work.place(hi), "here"))
 
 
 def differences(seed: int, count: int, unchanged: float, share: float) -> list[np.ndarray]:
