@@ -1,4 +1,5 @@
-"""Hashes of streams: sha256 for whole files (what the Hub lists), blake3 for tensors and payloads.
+"""Hashes of streams: sha256 for whole files (what the Hub lists), blake3 for tensors and payloads,
+and for files of which no sha256 is known.
 
 sha256 costs as much as all the rest of the work together, so each file's runs on a lane of its own
 while blocks are computed; a lane is never more than one block behind.
@@ -10,16 +11,25 @@ import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import Protocol
 
 from blake3 import blake3
 
 from hubdiff.checkpoint import Checkpoint
 from hubdiff.errors import IntegrityError
 from hubdiff.files import ByteReader
-from hubdiff.manifest import FileRecord
+from hubdiff.manifest import FileRecord, MadeFile, WrittenFile
 from hubdiff.stream import Range, blocks, read_ranges
 
 _PIECE = 4 << 20
+
+
+class Hasher(Protocol):
+    """What hashlib and blake3 have in common."""
+
+    def update(self, data: bytes | memoryview, /) -> object: ...
+
+    def hexdigest(self) -> str: ...
 
 
 class Lane:
@@ -50,13 +60,13 @@ class Lane:
 
 
 class StreamHash:
-    """The sha256 of a file that is fed in pieces. Pieces that don't follow each other leave it
-    incomplete, which ``digest`` says with None."""
+    """The hash of a file that is fed in pieces, sha256 unless another ``hasher`` is given. Pieces
+    that don't follow each other leave it incomplete, which ``digest`` says with None."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, hasher: Hasher | None = None) -> None:
         self._size = size
         self._position = 0
-        self._hash = hashlib.sha256()
+        self._hash = hasher or hashlib.sha256()
 
     def update(self, offset: int, data: bytes | memoryview) -> None:
         if offset == self._position:
@@ -65,6 +75,23 @@ class StreamHash:
 
     def digest(self) -> str | None:
         return self._hash.hexdigest() if self._position == self._size else None
+
+
+class ResultHash(StreamHash):
+    """The hash of a file of a result: ``sha256`` where it is known and must come out, else
+    blake3."""
+
+    def __init__(self, path: str, size: int, sha256: str | None) -> None:
+        super().__init__(size, None if sha256 else blake3())
+        self._path, self._sha256 = path, sha256
+
+    def record(self, where: str) -> WrittenFile:
+        """The file by content. Raises ``IntegrityError`` where it is not the known one."""
+        digest = self.digest() or ""
+        if self._sha256 is None:
+            return MadeFile(self._path, self._size, digest)
+        check_hash(digest, self._sha256, where)
+        return FileRecord(self._path, self._size, digest)
 
 
 class FileHashes:
@@ -130,9 +157,9 @@ def hash_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def hash_reader(reader: ByteReader) -> str:
-    """The sha256 of an open file."""
-    digest = hashlib.sha256()
+def hash_reader(reader: ByteReader, hasher: Hasher | None = None) -> str:
+    """The hash of an open file, sha256 unless another ``hasher`` is given."""
+    digest = hasher or hashlib.sha256()
     buffer = memoryview(bytearray(min(_PIECE, max(reader.size, 1))))
     for offset in range(0, reader.size, _PIECE):
         view = buffer[: min(_PIECE, reader.size - offset)]

@@ -58,6 +58,24 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class MadeFile:
+    """A file of a result by content. Nothing lists a hash of it that this one would have to be
+    compared with, so it is blake3, which takes a fraction of the time of sha256."""
+
+    path: str
+    size: int
+    blake3: str
+
+
+WrittenFile = FileRecord | MadeFile
+
+
+def written_file(document: dict[str, Any]) -> WrittenFile:
+    """The file that ``dataclasses.asdict`` made the document of. Raises ``TypeError``."""
+    return MadeFile(**document) if "blake3" in document else FileRecord(**document)
+
+
+@dataclass(frozen=True)
 class TunedFile(FileRecord):
     """A file of the tuned repo and where its bytes come from: ``weights`` (rebuilt tensor by
     tensor under ``header``), ``adapter`` (likewise, out of what ``Manifest.adapter`` says),

@@ -17,8 +17,8 @@ import numpy as np
 from hubdiff.delta import Delta
 from hubdiff.errors import IntegrityError, WrongBase
 from hubdiff.files import ByteReader
-from hubdiff.hashing import FileHashes, Lane, StreamHash, check_hash, hash_bytes, tensor_hash
-from hubdiff.manifest import FileRecord, TensorRecord
+from hubdiff.hashing import FileHashes, Lane, ResultHash, check_hash, hash_bytes, tensor_hash
+from hubdiff.manifest import FileRecord, TensorRecord, WrittenFile
 from hubdiff.memory import fits_in_cache
 from hubdiff.payloads import PayloadHashes, SpanBytes
 from hubdiff.plan import OWN_BASE, MergePlan, Step, WeightsFile, WholeFile
@@ -51,7 +51,7 @@ def run(
     device: str,
     progress: Progress,
     files: Sequence[WeightsFile | WholeFile] | None = None,
-) -> list[FileRecord]:
+) -> list[WrittenFile]:
     """Make every file of the plan in ``sink``, or those of its ``files`` that are given; the caller
     publishes it. ``device`` is a torch device by name. Returns the files written here (not those
     the Hub copies). Raises ``IntegrityError``, ``CorruptPayload`` or ``WrongBase`` when bytes are
@@ -62,16 +62,16 @@ def run(
     if not fits_in_cache(sum(plan.reads.values()) + plan.writes):
         _read_once(plan)
     progress.start("merging", sum(map(written, files)))
-    records: list[FileRecord] = []
+    records: list[WrittenFile] = []
     trims = Trims()
     for file in files:
         if isinstance(file, WeightsFile):
-            records.append(_weights(plan, file, sink, device, trims, progress))
-            continue
-        record = _whole(plan, file, sink)
+            record = _weights(plan, file, sink, device, trims, progress)
+        else:
+            record = _whole(plan, file, sink)
+            progress.advance(file.size)
         if record is not None:
             records.append(record)
-        progress.advance(file.size)
     progress.finish()
     return records
 
@@ -97,11 +97,10 @@ def written(file: WeightsFile | WholeFile) -> int:
 # --- whole files ---
 
 
-def _whole(plan: MergePlan, file: WholeFile, sink: Sink) -> FileRecord | None:
+def _whole(plan: MergePlan, file: WholeFile, sink: Sink) -> WrittenFile | None:
     if file.data is not None:
-        finished = sink.done(file.path)
-        same = finished is not None and finished.sha256 == hash_bytes(file.data)
-        return finished if same else sink.put(file.path, file.data)
+        made = FileRecord(file.path, len(file.data), hash_bytes(file.data))
+        return made if sink.done(file.path) == made else sink.put(file.path, file.data)
     assert file.source is not None
     tree = file.delta.tree if file.delta else plan.target.tree
     listed = tree.files()[file.source].sha256
@@ -110,8 +109,8 @@ def _whole(plan: MergePlan, file: WholeFile, sink: Sink) -> FileRecord | None:
         check_hash(listed, file.sha256, f"{tree.pin}/{file.source}")
         if sink.copy(file.path, tree.pin, file.source):
             return None
-    finished = sink.done(file.path)
-    if finished is not None and file.sha256 in (None, finished.sha256):
+    finished = _finished(sink, file, file.size)
+    if finished is not None:
         return finished
     with tree.open(file.source) as reader:
         record = _copy(reader, file, sink, f"{tree.pin}/{file.source}")
@@ -119,25 +118,30 @@ def _whole(plan: MergePlan, file: WholeFile, sink: Sink) -> FileRecord | None:
     return record
 
 
-def _copy(reader: ByteReader, file: WholeFile, sink: Sink, where: str) -> FileRecord:
+def _finished(sink: Sink, file: WeightsFile | WholeFile, size: int) -> WrittenFile | None:
+    """What an earlier run finished of it, unless its content is known and another."""
+    found = sink.done(file.path)
+    known = file.sha256 is None or found == FileRecord(file.path, size, file.sha256)
+    return found if known else None
+
+
+def _copy(reader: ByteReader, file: WholeFile, sink: Sink, where: str) -> WrittenFile:
     if reader.size != file.size:
         raise IntegrityError(
             f"{where} has {reader.size:,} bytes, expected {file.size:,}",
             next_step="The file changed or was cut short; fetch it again.",
         )
     output = sink.open(file.path, file.size)
-    stream = StreamHash(file.size)
+    content = ResultHash(file.path, file.size, file.sha256)
     try:
         for offset in range(0, file.size, _COPY):
             buffer = np.empty(min(_COPY, file.size - offset), np.uint8).data
             reader.read_into(offset, buffer)
             output.write_at(offset, buffer)
-            stream.update(offset, buffer)
+            content.update(offset, buffer)
     finally:
         output.close()
-    digest = stream.digest() or ""
-    check_hash(digest, file.sha256, where)
-    return FileRecord(file.path, file.size, digest)
+    return content.record(where)
 
 
 # --- weights ---
@@ -150,9 +154,9 @@ def _weights(
     device: str,
     trims: Trims,
     progress: Progress,
-) -> FileRecord:
-    finished = sink.done(file.path)
-    if finished is not None and file.sha256 in (None, finished.sha256):
+) -> WrittenFile | None:
+    finished = _finished(sink, file, file.header.file_size)
+    if finished is not None:
         progress.advance(finished.size)
         return finished
     output = sink.open(file.path, file.header.file_size)
@@ -173,7 +177,8 @@ def _weights(
             record = checker.finish()
     finally:
         output.close()
-    sink.finish(record)
+    if record is not None:
+        sink.finish(record)
     return record
 
 
@@ -308,7 +313,7 @@ class _Checker:
         self._hashed = hashed
         self._plan, self._file, self._progress = plan, file, progress
         self._lanes = (ours, theirs)
-        self._result = StreamHash(file.header.file_size)
+        self._result = ResultHash(file.path, file.header.file_size, file.sha256)
         self._result.update(0, file.header.raw)
         self._sources = FileHashes(plan.target)
         self._own_base = plan.case == OWN_BASE
@@ -360,15 +365,13 @@ class _Checker:
             next_step="Give the very base that the delta was made from.",
         )
 
-    def finish(self) -> FileRecord:
+    def finish(self) -> WrittenFile | None:
+        """The file by content; None where its bytes were not seen."""
         for lane in self._lanes:
             lane.catch_up()
         if not self._own_base:
             self._check_sources()
-        digest = self._result.digest() or ""
-        if self._hashed:
-            check_hash(digest, self._file.sha256, f"the rebuilt {self._file.path}")
-        return FileRecord(self._file.path, self._file.header.file_size, digest)
+        return self._result.record(f"the rebuilt {self._file.path}") if self._hashed else None
 
     def _check_sources(self) -> None:
         """The target's file, against the sha256 the Hub lists for it."""

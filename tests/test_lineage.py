@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import models
 import pytest
+from blake3 import blake3
 
 import hubdiff
 from hubdiff.lineage import Provenance, Side, code_provenance, licence_note, public_url, strictest
@@ -166,6 +168,27 @@ def test_a_result_pins_what_it_was_made_from_by_content(tmp_path: Path) -> None:
     assert [(file["path"], file["size"]) for file in record["target"]["files"]] == [
         ("model.safetensors", size)
     ]
+
+
+@pytest.mark.parametrize("to", ["base", "target"])
+def test_a_result_names_its_files_by_content(tmp_path: Path, to: str) -> None:
+    """By sha256 where that is known beforehand, by blake3, which is faster, where nothing is."""
+    models.save(tmp_path / "base", models.weights())
+    models.save(tmp_path / "tuned", models.moved(models.weights()))
+    models.save(tmp_path / "target", models.weights(seed=7))
+    hubdiff.push_delta(tmp_path / "tuned", tmp_path / "delta", base=tmp_path / "base")
+    out = tmp_path / "out"
+    applied = hubdiff.apply(tmp_path / "delta", tmp_path / to, output=out)
+    files = json.loads((out / "hubdiff-result.json").read_text())["files"]
+    assert {file["path"] for file in files} >= {"model.safetensors", "config.json"}
+    hashers = {"sha256": hashlib.sha256, "blake3": blake3}
+    for file in files:
+        assert file in applied.as_json()["files"]
+        data = (out / file["path"]).read_bytes()
+        (kind,) = set(file) - {"path", "size"}
+        assert (file["size"], file[kind]) == (len(data), hashers[kind](data).hexdigest())
+        if file["path"] == "model.safetensors":
+            assert kind == ("sha256" if to == "base" else "blake3")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hubdiff.hashing import hash_bytes
 from hubdiff.jobs.merging import DeltaRef, choose_device, method_of, opened_models, run_plan
 from hubdiff.jobs.record import result_message, result_record
 from hubdiff.jobs.together import conclude, glimpse, hand_in, publish
-from hubdiff.manifest import FileRecord
+from hubdiff.manifest import WrittenFile, written_file
 from hubdiff.pair import Filters
 from hubdiff.plan import (
     CARD,
@@ -48,7 +48,7 @@ class Applied:
     plan: dict[str, Any]
     dry_run: bool
     where: str
-    files: tuple[FileRecord, ...] = ()
+    files: tuple[WrittenFile, ...] = ()
     seconds: float = 0.0
     url: str | None = None
     commit: str | None = None
@@ -68,7 +68,7 @@ class Applied:
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Applied:
-        files = tuple(FileRecord(**file) for file in document["files"])
+        files = tuple(written_file(file) for file in document["files"])
         return cls(**{**document, "files": files})
 
 
@@ -200,13 +200,13 @@ class _Apply:
         done = conclude(self.ranks, applied and asdict(applied), "finishing the result")
         return Applied.from_json(done)
 
-    def _merge(self, plan: MergePlan, sink: Sink, device: str) -> list[FileRecord]:
+    def _merge(self, plan: MergePlan, sink: Sink, device: str) -> list[WrittenFile]:
         """Every file of the plan, made by whoever has it in his share. Raises ``WrongBase`` on all
         ranks when one of them finds a tensor that is not the base's."""
         from hubdiff import merge
 
         shared, rest = self._shares(plan, sink)
-        files: list[FileRecord] = []
+        files: list[WrittenFile] = []
         wrong = None
         try:
             files = merge.run(plan, sink, device, self.progress, shared)
@@ -218,7 +218,7 @@ class _Apply:
         for reason in (rank["wrong"] for rank in found):
             if reason:
                 raise WrongBase(reason)
-        files = [FileRecord(**file) for rank in found for file in rank["files"]]
+        files = [written_file(file) for rank in found for file in rank["files"]]
         if self.ranks.first and rest:
             files += merge.run(plan, sink, device, self.ranks.watched(Silent()), rest)
         order = {file.path: number for number, file in enumerate(merge.in_order(plan))}
@@ -243,7 +243,7 @@ class _Apply:
         return shared, [file for file in files if file not in large]
 
     def _finish(
-        self, plan: MergePlan, sink: Sink, files: list[FileRecord], cards: Cards
+        self, plan: MergePlan, sink: Sink, files: list[WrittenFile], cards: Cards
     ) -> Applied:
         """Describe the result and publish it."""
         files += self._describe(plan, sink, files, cards)
@@ -259,11 +259,13 @@ class _Apply:
         )
 
     def _describe(
-        self, plan: MergePlan, sink: Sink, files: list[FileRecord], cards: Cards
-    ) -> list[FileRecord]:
+        self, plan: MergePlan, sink: Sink, files: list[WrittenFile], cards: Cards
+    ) -> list[WrittenFile]:
         """The record, and a card unless the tuned repo's own README came back."""
         record = result_record(plan, self.filters, self.command, files)
-        described = [sink.put(RECORD, (json.dumps(record, indent=2) + "\n").encode())]
+        described: list[WrittenFile] = [
+            sink.put(RECORD, (json.dumps(record, indent=2) + "\n").encode())
+        ]
         if plan.case != OWN_BASE:
             card = result_card(
                 record,
@@ -285,7 +287,7 @@ def _cost(plan: MergePlan, file: WeightsFile | WholeFile, destination: ModelRef)
     return 0 if copied and file.source and tree.files()[file.source].sha256 else file.size
 
 
-def _json(files: list[FileRecord]) -> list[dict[str, Any]]:
+def _json(files: list[WrittenFile]) -> list[dict[str, Any]]:
     return [asdict(file) for file in files]
 
 

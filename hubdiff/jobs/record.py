@@ -11,7 +11,7 @@ from hubdiff.checkpoint import MANIFEST
 from hubdiff.facts import facts
 from hubdiff.files import FileTree
 from hubdiff.hashing import hash_bytes
-from hubdiff.manifest import FileRecord
+from hubdiff.manifest import WrittenFile
 from hubdiff.pair import Filters
 from hubdiff.plan import OWN_BASE, MergePlan, Weighted, WholeFile
 
@@ -20,7 +20,7 @@ def result_record(
     plan: MergePlan,
     filters: Filters,
     command: Sequence[str] | None,
-    files: Sequence[FileRecord],
+    files: Sequence[WrittenFile],
 ) -> dict[str, Any]:
     """What goes into the file of a result that says how it was made; ``files`` are those written
     here, with their hashes."""

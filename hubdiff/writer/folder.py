@@ -21,8 +21,8 @@ from typing import Any
 
 from hubdiff.errors import OutputError
 from hubdiff.files import LocalReader, safe_path
-from hubdiff.hashing import hash_bytes, hash_reader
-from hubdiff.manifest import FileRecord
+from hubdiff.hashing import hash_bytes, hash_reader, tensor_hash
+from hubdiff.manifest import FileRecord, MadeFile, WrittenFile, written_file
 from hubdiff.refs import PinnedRef
 from hubdiff.writer.lock import lock_journal
 from hubdiff.writer.output import OutputFile, disk_errors
@@ -56,7 +56,7 @@ class FolderSink:
     def _refuse_place(self) -> None:
         refuse_place(self.folder, self._reads, force=self._force)
 
-    def _resume(self, run: str) -> dict[str, FileRecord]:
+    def _resume(self, run: str) -> dict[str, WrittenFile]:
         """What a killed run of the same name left finished."""
         self._refuse_ranks()
         head = json.dumps({"run": run})
@@ -78,13 +78,13 @@ class FolderSink:
     def _journals(self) -> list[Path]:
         return sorted(self.staging.glob(f"{JOURNAL}*"))
 
-    def _read_journals(self) -> dict[str, FileRecord]:
+    def _read_journals(self) -> dict[str, WrittenFile]:
         finished = {}
         for journal in self._journals():
             for line in journal.read_text(errors="replace").splitlines():
                 # The last line may be cut short by the kill; some lines are no records.
                 with suppress(json.JSONDecodeError, TypeError):
-                    record = FileRecord(**json.loads(line))
+                    record = written_file(json.loads(line))
                     finished[record.path] = record
         return finished
 
@@ -94,7 +94,7 @@ class FolderSink:
             file.flush()
             os.fsync(file.fileno())
 
-    def done(self, path: str) -> FileRecord | None:
+    def done(self, path: str) -> WrittenFile | None:
         record = self._finished.get(path)
         if record is None:
             return None
@@ -102,12 +102,16 @@ class FolderSink:
         if not file.is_file() or file.stat().st_size != record.size:
             return None
         with closing(LocalReader(file)) as reader:
-            return record if hash_reader(reader) == record.sha256 else None
+            if isinstance(record, MadeFile):
+                same = hash_reader(reader, tensor_hash()) == record.blake3
+            else:
+                same = hash_reader(reader) == record.sha256
+        return record if same else None
 
     def open(self, path: str, size: int) -> OutputFile:
         return OutputFile(self.staging / safe_path(path), size)
 
-    def finish(self, record: FileRecord) -> None:
+    def finish(self, record: WrittenFile) -> None:
         self._log(json.dumps(asdict(record)))
         self._finished[record.path] = record
 
@@ -137,7 +141,7 @@ class FolderSink:
         return [asdict(record) for record in self._finished.values()]
 
     def accept(self, deposit: list[dict[str, Any]]) -> None:
-        self._finished |= {entry["path"]: FileRecord(**entry) for entry in deposit}
+        self._finished |= {entry["path"]: written_file(entry) for entry in deposit}
 
     def publish(self, message: str) -> Published:
         """Give the folder its name. Everything in it is on the disk by now."""

@@ -11,7 +11,7 @@ from typing import Any
 from hubdiff.errors import OutputExists
 from hubdiff.files import safe_path
 from hubdiff.hashing import hash_bytes
-from hubdiff.manifest import FileRecord
+from hubdiff.manifest import FileRecord, WrittenFile
 from hubdiff.refs import ModelRef, PinnedRef
 from hubdiff.writer.output import OutputFile
 from hubdiff.writer.sink import DELTA, RESULT, Kind, Published
@@ -76,13 +76,13 @@ class HubSink:
             return set()
         return {_CARD, *_listed(self._upload.read(RESULT.marker))}
 
-    def done(self, path: str) -> FileRecord | None:
+    def done(self, path: str) -> WrittenFile | None:
         return None
 
     def open(self, path: str, size: int) -> OutputFile:
         return OutputFile(self.staging / safe_path(path), size)
 
-    def finish(self, record: FileRecord) -> None:
+    def finish(self, record: WrittenFile) -> None:
         local = self.staging / record.path
         self._upload.add(record.path, local)
         self._paths.add(record.path)

@@ -15,7 +15,7 @@ import numpy as np
 
 from hubdiff.errors import CheckpointError
 from hubdiff.hashing import hash_bytes
-from hubdiff.manifest import FileRecord
+from hubdiff.manifest import FileRecord, WrittenFile
 from hubdiff.refs import PinnedRef
 from hubdiff.safetensors_io import Header, TensorEntry
 from hubdiff.writer.output import OutputFile
@@ -94,7 +94,7 @@ class Memory:
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: t for file in self._files.values() for name, t in file.tensors.items()}
 
-    def done(self, path: str) -> FileRecord | None:
+    def done(self, path: str) -> WrittenFile | None:
         return None
 
     def open(self, path: str, size: int) -> OutputFile:
@@ -109,7 +109,7 @@ class Memory:
             torch.cuda.current_stream(self._device).synchronize()
         return self._files[path]
 
-    def finish(self, record: FileRecord) -> None:
+    def finish(self, record: WrittenFile) -> None:
         pass
 
     def put(self, path: str, data: bytes) -> FileRecord:

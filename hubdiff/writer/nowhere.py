@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hubdiff.hashing import hash_bytes
-from hubdiff.manifest import FileRecord
+from hubdiff.manifest import FileRecord, WrittenFile
 from hubdiff.refs import PinnedRef
 from hubdiff.writer.output import OutputFile
 from hubdiff.writer.sink import Published
@@ -18,13 +18,13 @@ class Nowhere:
 
     staging = Path(os.devnull)
 
-    def done(self, path: str) -> FileRecord | None:
+    def done(self, path: str) -> WrittenFile | None:
         return None
 
     def open(self, path: str, size: int) -> OutputFile:
         return _Discarded()
 
-    def finish(self, record: FileRecord) -> None:
+    def finish(self, record: WrittenFile) -> None:
         pass
 
     def put(self, path: str, data: bytes) -> FileRecord:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from hubdiff.manifest import FileRecord
+from hubdiff.manifest import FileRecord, WrittenFile
 from hubdiff.refs import PinnedRef
 from hubdiff.writer.output import OutputFile
 
@@ -44,13 +44,13 @@ class Sink(Protocol):
 
     staging: Path
 
-    def done(self, path: str) -> FileRecord | None:
+    def done(self, path: str) -> WrittenFile | None:
         """The record of a file that an earlier run finished, checked again; else None."""
 
     def open(self, path: str, size: int) -> OutputFile:
         """A file to write, inside ``staging``."""
 
-    def finish(self, record: FileRecord) -> None:
+    def finish(self, record: WrittenFile) -> None:
         """The file is whole in ``staging``, closed, and has this content."""
 
     def put(self, path: str, data: bytes) -> FileRecord:

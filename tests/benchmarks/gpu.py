@@ -6,7 +6,7 @@
   already, in GB/s of what they must read and write at least, beside a device-to-device copy
 - decoding: whole blobs, zstd included, by numpy, by the device, and by nvCOMP where it is installed
 - limits: copies to and from the device (pinned, block by block), file reads from the page cache and
-  file writes, sha256 on one core
+  file writes, sha256 (of a rebuilt file) and blake3 (of any other result) on one core
 - end to end: ``apply`` from the page cache with ``--device cpu`` and ``cuda`` (their files are
   compared), ``load(device_map="cuda")``, and the peak of device memory each needs
 
@@ -39,6 +39,7 @@ import hubdiff
 from hubdiff import numerics
 from hubdiff.device import Gpu, _Blob
 from hubdiff.encodings import ENCODINGS, SEGMENT, Stream
+from hubdiff.hashing import Hasher, tensor_hash
 from hubdiff.nvcomp import frame_decoder
 from hubdiff.safetensors_io import build_header
 from hubdiff.stream import BLOCK_BYTES
@@ -189,10 +190,13 @@ def limits(device: torch.device, folder: Path, nbytes: int, runs: int) -> dict[s
             while opened.readinto(buffer):
                 pass
 
-    def sha256() -> None:
-        digest = hashlib.sha256()
-        for _ in range(blocks):
-            digest.update(data)
+    def hashing(hasher: Callable[[], Hasher]) -> Callable[[], None]:
+        def run() -> None:
+            digest = hasher()
+            for _ in range(blocks):
+                digest.update(data)
+
+        return run
 
     total = blocks * BLOCK_BYTES
     rows = {
@@ -200,7 +204,8 @@ def limits(device: torch.device, folder: Path, nbytes: int, runs: int) -> dict[s
         "device to host": timed(copies(here, there), runs, total, device),
         "file write, synced": timed(write, runs, total, device),
         "file read, page cache": timed(read, runs, total, device),
-        "sha256, one core": timed(sha256, runs, total, device),
+        "sha256, one core": timed(hashing(hashlib.sha256), runs, total, device),
+        "blake3, one core": timed(hashing(tensor_hash), runs, total, device),
     }
     file.unlink()
     return rows
