@@ -33,12 +33,29 @@ def test_the_size_of_uploaded_blocks_is_the_users_to_choose(
 
 
 def test_the_library_sets_nothing() -> None:
-    code = f"import hubdiff, os; hubdiff.push_delta; print(os.environ.get({BLOCK!r}))"
+    code = f"""
+import gc, os
+before = gc.get_threshold()
+import hubdiff
+hubdiff.push_delta
+print(os.environ.get({BLOCK!r}), gc.get_threshold() == before)
+"""
     env = {name: value for name, value in os.environ.items() if name != BLOCK}
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "None"
+    assert done.stdout.split() == ["None", "True"]
+
+
+def test_the_command_line_seldom_collects_garbage() -> None:
+    code = """
+import gc
+from hubdiff import cli
+cli.run = lambda arguments: print(gc.get_threshold()[0]) or 0
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 100_000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps and gives back")

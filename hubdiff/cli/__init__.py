@@ -18,6 +18,7 @@ from hubdiff._version import __version__
 from hubdiff.cli._command import HELP
 from hubdiff.cli._errors import speak
 from hubdiff.cli._output import Session
+from hubdiff.memory import seldom_collect_garbage
 
 COMMANDS = {
     "push-delta": "push_delta",
@@ -71,6 +72,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> NoReturn:
+    seldom_collect_garbage()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that can't show "‖Δ‖" shows "?" there, and no command fails for it.
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
