@@ -66,10 +66,15 @@ def write_varint(value: int) -> bytes:
     return bytes(written)
 
 
+def is_constant(values: np.ndarray) -> bool:
+    """Whether ``values`` (not empty) are all the same. Two of them nearly always tell."""
+    return bool(values[0] == values[values.size // 2] and (values == values[0]).all())
+
+
 def write_stream(raw: np.ndarray) -> bytes:
     """``raw``, a 1-D uint8 array, as a stream: constant, compressed or as it is."""
     body = bytes(raw[:1])
-    if raw.size > 1 and not (raw == raw[0]).all():
+    if raw.size > 1 and not is_constant(raw):
         body = _compressor().compress(np.ascontiguousarray(raw).data)
         if len(body) >= raw.size:
             body = raw.tobytes()

@@ -19,7 +19,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hubdiff.encodings._frames import BlobReader, Stream, corrupt, write_stream, write_varint
+from hubdiff.encodings._frames import (
+    BlobReader,
+    Stream,
+    corrupt,
+    is_constant,
+    write_stream,
+    write_varint,
+)
 from hubdiff.encodings.planes import join, split
 from hubdiff.errors import CorruptPayload
 
@@ -42,7 +49,7 @@ def encode(bits: np.ndarray) -> bytes:
     """The dense blob of ``bits``: 1-D, uint16, not empty."""
     if bits.size <= _TINY:
         return min(_smallest(bits), _encode_signs(bits, _smallest(_magnitudes(bits))), key=len)
-    if _is_constant(bits):
+    if is_constant(bits):
         return _encode_constant(bits)
     sampled = _encode_sampled(bits)
     return sampled if bits.size > SMALL else min(sampled, _encode_few(bits), key=len)
@@ -62,7 +69,7 @@ def _encode_sampled(bits: np.ndarray) -> bytes:
 
 
 def _smallest(bits: np.ndarray) -> bytes:
-    if _is_constant(bits):
+    if is_constant(bits):
         return _encode_constant(bits)
     return min(_variants(bits), key=len)
 
@@ -91,10 +98,6 @@ def _sampled_table(sample: np.ndarray) -> tuple[np.ndarray, float]:
     return table, 1 - int(counts[table].sum()) / sample.size
 
 
-def _is_constant(bits: np.ndarray) -> bool:
-    return bool((bits == bits[0]).all())
-
-
 def _encode_constant(bits: np.ndarray) -> bytes:
     return bytes([CONSTANT]) + int(bits[0]).to_bytes(2, "little")
 
@@ -105,7 +108,7 @@ def _encode_direct(bits: np.ndarray) -> bytes:
 
 def _encode_few(bits: np.ndarray) -> bytes:
     """Escapes that are too few to be worth a table of their own."""
-    if _is_constant(bits):
+    if is_constant(bits):
         return _encode_constant(bits)
     return min(
         _encode_direct(bits), _encode_signs(bits, _encode_direct(_magnitudes(bits))), key=len
