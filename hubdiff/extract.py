@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -120,10 +122,12 @@ def extract(
     progress: Progress,
     hash_base: bool = True,
     ranks: Ranks = ALONE,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Extracted:
     """Write the layer files of ``pair`` into ``folder``, of several ranks each its share. ``plain``
     stores Δ as dense tensors. Without ``hash_base`` no more of the base is read than the pair
-    needs, and no file of it is known by content."""
+    needs, and no file of it is known by content. ``meanwhile`` is called when all is compared and
+    the last layers are being hashed, which leaves a core idle."""
     shards = pair.tuned.shards
     mine = ranks.share(list(shards), lambda file: shards[file].file_size)
     if any(needs_torch(item) for item in pair.tensors.values()):
@@ -133,22 +137,10 @@ def extract(
         for side in sides:
             side.once = True
     progress.start("comparing tuned and base", sum(shards[file].file_size for file in mine))
-    remote = any(
-        side.tree.is_remote(file) for side in (pair.tuned, pair.base) for file in side.shards
-    )
-    workers = workers_for(remote=remote)
-    worker, base_hashes = _Worker(pair, plain), FileHashes(pair.base)
-    found = {}
-    for source, file in enumerate(shards):
-        if file in mine:
-            header = shards[file]
-            with _Collector(
-                pair, source, header, folder, worker.parts, base_hashes, progress
-            ) as collector:
-                progress.advance(len(header.raw))
-                found[file] = _compare(file, header, worker, collector, workers)
+    base_hashes = FileHashes(pair.base)
+    done = _compare(pair, folder, mine, _Worker(pair, plain), base_hashes, progress, meanwhile)
     progress.finish()
-    given = ranks.gather({file: asdict(one) for file, one in found.items()}, "comparing")
+    given = ranks.gather({file: asdict(one) for file, one in done.items()}, "comparing")
     everyone = {file: one for rank in given for file, one in rank.items()}
     compared = [_Compared.from_json(everyone[file]) for file in shards]
     base_files = _base_files(pair, compared, base_hashes, ranks) if hash_base else ()
@@ -156,10 +148,39 @@ def extract(
 
 
 def _compare(
-    file: str, header: Header, worker: _Worker, collector: _Collector, workers: int
-) -> _Compared:
-    run_ordered(blocks(file, header), worker.work, collector.take, workers)
-    return collector.finish(file)
+    pair: Pair,
+    folder: Path,
+    mine: list[str],
+    worker: _Worker,
+    base_hashes: FileHashes,
+    progress: Progress,
+    meanwhile: Callable[[], None] | None,
+) -> dict[str, _Compared]:
+    """The files of the tuned model that are ``mine``. While one is compared, the layers of the one
+    before are hashed and get to the disk."""
+    shards = pair.tuned.shards
+    remote = any(
+        side.tree.is_remote(file) for side in (pair.tuned, pair.base) for file in side.shards
+    )
+    workers = workers_for(remote=remote)
+    found: dict[str, Future[_Compared]] = {}
+    with ThreadPoolExecutor(1, thread_name_prefix="hubdiff-finish") as finishing:
+        for source, (file, header) in enumerate(shards.items()):
+            if file not in mine:
+                continue
+            with ExitStack() as opened:
+                collector = opened.enter_context(
+                    _Collector(pair, source, header, folder, worker.parts, base_hashes, progress)
+                )
+                progress.advance(len(header.raw))
+                run_ordered(blocks(file, header), worker.work, collector.take, workers)
+                for earlier in found.values():
+                    earlier.result()  # an error isn't held back, and no more than one file waits
+                found[file] = finishing.submit(collector.finish, file)
+                opened.pop_all()  # it closes itself now
+        if meanwhile is not None:
+            meanwhile()
+        return {file: one.result() for file, one in found.items()}
 
 
 def _number(
@@ -375,15 +396,17 @@ class _Collector:
         self._lanes[lane].feed(hashes.stream(file), offset, data)
 
     def finish(self, file: str) -> _Compared:
-        for lane in self._lanes:
-            lane.catch_up()
-        records = tuple(self._records)
-        return _Compared(
-            self._tuned_hashes.check(file, {r.tuned_name: r.tuned for r in records if r.tuned}),
-            records,
-            {group: layer.finish() for group, layer in self._layers.items()},
-            self._compressed,
-        )
+        """All of the file is taken: finish its layers, and close them."""
+        with self:
+            for lane in self._lanes:
+                lane.catch_up()
+            records = tuple(self._records)
+            return _Compared(
+                self._tuned_hashes.check(file, {r.tuned_name: r.tuned for r in records if r.tuned}),
+                records,
+                {group: layer.finish() for group, layer in self._layers.items()},
+                self._compressed,
+            )
 
 
 class _OpenTensor:

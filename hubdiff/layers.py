@@ -27,7 +27,7 @@ from hubdiff.writer import begin_writeback, disk_errors, write_all
 
 # From this size on a file takes no more tensors: what the Hub and its clients handle well in one.
 SHARD_BYTES = 4 << 30
-_COPY = 4 << 20
+_COPY = 8 << 20
 _FILLED = 1000  # spaces after a header may be this part of the file
 # For the header's room: a dtype and a size that no other takes more letters to write than.
 _LONGEST_DTYPE, _LARGEST_SIZE = max(DTYPE_BITS, key=len), 1 << 50

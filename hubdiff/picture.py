@@ -1,7 +1,7 @@
 """How far a tune moved each layer: ‖Δ‖/‖base‖ by layer and kind, as rows and as a PNG.
 
 ``group_by_layer`` is plain arithmetic on the manifest's tensor entries; ``layer_picture`` draws it
-with matplotlib, which is imported there and nowhere else. The same tensors give the same bytes.
+with matplotlib, which is imported when it is needed. The same tensors give the same bytes.
 """
 
 from __future__ import annotations
@@ -136,6 +136,12 @@ _GRID = "#D9D9D9"
 _WIDE_RANGE = 30  # from this largest/smallest ratio on, a linear axis hides the small ones
 _MOST_BARS = 24
 _LABEL = "‖Δ‖ / ‖base‖"
+
+
+def prepare() -> None:
+    """Import the drawing library, which takes a fifth of a second: for when there is time."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
 
 
 def layer_picture(

@@ -683,6 +683,28 @@ def _full(*_: object) -> int:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_disk_that_fills_up_while_the_next_file_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    """The layers of one file are hashed while the next is compared."""
+    base = save(tmp_path / "base", small(), shards=3)
+    tuned = save(tmp_path / "tuned", moved(small()), shards=3)
+    before = set(os.listdir("/dev/fd"))
+    calls: list[int] = []
+
+    def full(fd: int) -> None:
+        calls.append(fd)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with refused(DiskFull, tmp_path):
+        hubdiff.push_delta(tuned, tmp_path / "out", base=base, plain=plain)
+    assert len(calls) == 1  # nothing is begun that would be in vain
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned"}
+    assert set(os.listdir("/dev/fd")) <= before
+
+
 @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite", "fsync"])
 @pytest.mark.parametrize("job", ["apply", "push", "unpack"])
 def test_a_disk_that_fills_up_at_any_call(

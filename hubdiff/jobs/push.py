@@ -32,7 +32,7 @@ from hubdiff.manifest import (
     TunedFile,
 )
 from hubdiff.pair import HEADS, Filters, Pair, pair_models
-from hubdiff.picture import layer_picture
+from hubdiff.picture import layer_picture, prepare
 from hubdiff.progress import Progress, Silent
 from hubdiff.ranks import ALONE, Ranks
 from hubdiff.refs import ModelRef
@@ -363,7 +363,15 @@ class _Push:
     ) -> tuple[Extracted, Lossy | None]:
         pair, folder, progress = self._pair, self._sink.staging, self._progress
         if self._adapter is None and truncation is None:
-            return extract(pair, folder, plain=plain, progress=progress, ranks=self._ranks), None
+            extracted = extract(
+                pair,
+                folder,
+                plain=plain,
+                progress=progress,
+                ranks=self._ranks,
+                meanwhile=prepare if self._ranks.first else None,
+            )
+            return extracted, None
         from hubdiff.factored import extract_adapter, extract_truncated
 
         if self._adapter is not None:
