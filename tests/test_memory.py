@@ -48,14 +48,22 @@ print(os.environ.get({BLOCK!r}), gc.get_threshold() == before)
 
 
 def test_the_command_line_seldom_collects_garbage() -> None:
+    """And not at all when it ends, though exit handlers run and the exit code is kept."""
     code = """
-import gc
+import atexit, gc
 from hubdiff import cli
-cli.run = lambda arguments: print(gc.get_threshold()[0]) or 0
+def run(arguments):
+    print(gc.get_threshold()[0])
+    return 3
+atexit.register(lambda: print(gc.get_freeze_count() > 1000, len(gc.get_objects()) < 1000))
+cli.run = run
 cli.main()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) >= 100_000
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    threshold, *frozen = done.stdout.split()
+    assert int(threshold) >= 100_000
+    assert frozen == ["True", "True"]
+    assert done.returncode == 3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps and gives back")

@@ -18,7 +18,7 @@ from hubdiff._version import __version__
 from hubdiff.cli._command import HELP
 from hubdiff.cli._errors import speak
 from hubdiff.cli._output import Session
-from hubdiff.memory import seldom_collect_garbage
+from hubdiff.memory import leave_garbage, seldom_collect_garbage
 
 COMMANDS = {
     "push-delta": "push_delta",
@@ -76,7 +76,9 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         # A terminal that can't show "‖Δ‖" shows "?" there, and no command fails for it.
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    leave_garbage()
+    sys.exit(code)
 
 
 __all__ = ["cli", "main", "run"]
