@@ -179,13 +179,14 @@ def run_ordered(
     jobs: Iterable[J], work: Callable[[J], R], consume: Callable[[J, R], None], workers: int
 ) -> None:
     """Call ``work`` on every job in parallel, and ``consume`` on the results here and in order. At
-    most ``workers + 1`` results exist at a time. The first error stops everything and is raised."""
+    most ``workers + 2`` results exist at a time: one is consumed, and one waits for it, so that no
+    worker has to. The first error stops everything and is raised."""
     waiting: deque[tuple[J, Future[R]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="hubdiff", initializer=_one_core_each)
     try:
         for job in jobs:
             waiting.append((job, pool.submit(work, job)))
-            if len(waiting) > workers:
+            if len(waiting) > workers + 1:
                 _take(waiting, consume)
         while waiting:
             _take(waiting, consume)
