@@ -230,7 +230,7 @@ class MergePlan:
         # A method holds Δ of each term in float32, and about as much again while it computes.
         blocks = 8 if self.method is None else 8 + 6 * len(self.deltas)
         runtime, per_block = 300 << 20, blocks * BLOCK_BYTES
-        return runtime + (workers_for(remote=self.remote) + 2) * per_block
+        return runtime + (workers_for(remote=self.remote) + 3) * per_block
 
     def _steps(self) -> Iterator[Step]:
         for file in self.weights:
