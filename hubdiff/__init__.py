@@ -20,33 +20,55 @@ from hubdiff.errors import HubdiffError
 if TYPE_CHECKING:
     from hubdiff.delta import open_delta
     from hubdiff.jobs.apply import apply
+    from hubdiff.jobs.check import check
+    from hubdiff.jobs.diff import diff
     from hubdiff.jobs.export import export
     from hubdiff.jobs.inspect import inspect
+    from hubdiff.jobs.lineage import lineage
     from hubdiff.jobs.load import load
+    from hubdiff.jobs.pointers import alias, tag
     from hubdiff.jobs.push import push_delta
+    from hubdiff.jobs.registry import list_deltas, search
+    from hubdiff.jobs.sign import sign
     from hubdiff.jobs.unpack import unpack
     from hubdiff.jobs.verify import verify
 
 __all__ = [
     "HubdiffError",
     "__version__",
+    "alias",
     "apply",
+    "check",
+    "diff",
     "export",
     "inspect",
+    "lineage",
+    "list_deltas",
     "load",
     "open_delta",
     "push_delta",
+    "search",
+    "sign",
+    "tag",
     "unpack",
     "verify",
 ]
 
 _HOMES = {
+    "alias": "hubdiff.jobs.pointers",
     "apply": "hubdiff.jobs.apply",
+    "check": "hubdiff.jobs.check",
+    "diff": "hubdiff.jobs.diff",
     "export": "hubdiff.jobs.export",
     "inspect": "hubdiff.jobs.inspect",
+    "lineage": "hubdiff.jobs.lineage",
+    "list_deltas": "hubdiff.jobs.registry",
     "load": "hubdiff.jobs.load",
     "open_delta": "hubdiff.delta",
     "push_delta": "hubdiff.jobs.push",
+    "search": "hubdiff.jobs.registry",
+    "sign": "hubdiff.jobs.sign",
+    "tag": "hubdiff.jobs.pointers",
     "unpack": "hubdiff.jobs.unpack",
     "verify": "hubdiff.jobs.verify",
 }

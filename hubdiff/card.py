@@ -16,7 +16,15 @@ from typing import Any
 
 from hubdiff import markdown
 from hubdiff._version import __version__
-from hubdiff.lineage import HUB_LICENCES, Side, licence_note, strictest
+from hubdiff.licences import (
+    HUB_LICENCES,
+    Side,
+    conflicts,
+    licence_note,
+    notices,
+    strictest,
+)
+from hubdiff.registry_tags import DELTA_TAG, TUNED_MODEL
 from hubdiff.summary import Summary, percent, size_text, summarise
 
 PICTURE = "layers.png"
@@ -64,7 +72,7 @@ def delta_card(
         **_licence(parents),
         **_task(tuned_card),
         "library_name": "hubdiff",
-        "tags": ["hubdiff", "diff-vector"],
+        "tags": ["hubdiff", DELTA_TAG, *_tuned_tag(tuned)],
         **_parents([base], "adapter"),
     }
     return _render(
@@ -88,7 +96,7 @@ def delta_card(
         numbers=[*_numbers(summarise(manifest)), *(measurements or {}).items()],
         picture=picture,
         not_carried=_by_reason(tuned.get("not_carried") or ()),
-        licences=licence_note(_sides(parents)),
+        **_licence_words(parents),
         provenance=manifest.get("provenance"),
     )
 
@@ -107,8 +115,9 @@ def result_card(
     ``deltas``, each with its ``weight``, ``base`` and ``tuned`` (all with repo, commit, name;
     licence and gated for models), ``scale``, ``method``, ``command`` (a list of arguments),
     ``side_files`` (path, source, note), ``left_out`` (path, reason), ``notes`` (lines about merged
-    configs), ``added`` and ``kept`` (tensor names). ``tuned_cards`` are the metadata of the tuned
-    models' own cards, in the order of the deltas; task and language are the first one's.
+    configs), ``added`` and ``kept`` (tensor names), ``check`` (verdict, reasons). ``tuned_cards``
+    are the metadata of the tuned models' own cards, in the order of the deltas; task and language
+    are the first one's.
     """
     target, deltas = _side(record, "target"), [dict(delta) for delta in record.get("deltas") or ()]
     cards = [*tuned_cards, *({} for _ in deltas[len(tuned_cards) :])]
@@ -138,9 +147,10 @@ def result_card(
         side_files=record.get("side_files") or (),
         left_out=_by_reason(record.get("left_out") or ()),
         notes=record.get("notes") or (),
+        check=record.get("check") or {"verdict": "go", "reasons": ()},
         added=record.get("added") or (),
         kept=record.get("kept") or (),
-        licences=licence_note(_sides(parents)),
+        **_licence_words(parents),
     )
 
 
@@ -218,6 +228,15 @@ def _sides(parents: Sequence[_Parent]) -> list[Side]:
     ]
 
 
+def _licence_words(parents: Sequence[_Parent]) -> dict[str, Any]:
+    sides = _sides(parents)
+    return {
+        "licences": licence_note(sides),
+        "notices": notices(side.licence for side in sides),
+        "conflicts": conflicts(sides),
+    }
+
+
 def _licence(parents: Sequence[_Parent]) -> dict[str, Any]:
     """The strictest licence. One the Hub has no id for is ``other`` there, with name and link."""
     strict = strictest(side.licence for side in _sides(parents))
@@ -280,6 +299,12 @@ def _parents(models: Sequence[Mapping[str, Any]], relation: str) -> dict[str, An
     """Lineage as the Hub reads it. A folder has no id there."""
     repos = [model["repo"] for model in models if markdown.is_repo_id(model.get("repo"))]
     return {"base_model": repos, "base_model_relation": relation} if repos else {}
+
+
+def _tuned_tag(tuned: Mapping[str, Any]) -> list[str]:
+    """By which the deltas of a tuned model are found: ``base_model`` is their base."""
+    repo = tuned.get("repo")
+    return [f"{TUNED_MODEL}:{repo}"] if markdown.is_repo_id(repo) else []
 
 
 def _numbers(summary: Summary) -> list[tuple[str, str]]:

@@ -24,6 +24,7 @@ HubdiffError
 │   ├── BadManifest          hubdiff.json with a missing or wrong field
 │   └── CorruptPayload       encoded bytes that don't decode to what was declared
 ├── IntegrityError           bytes whose hash is not the expected one
+│   └── BadSignature         not signed, or not by whom it should be
 ├── NotWorthIt               a delta hardly smaller than the model itself
 ├── CannotDiff               two models that have no difference hubdiff can express
 ├── CannotApply              a delta and a target that don't go together
@@ -31,6 +32,7 @@ HubdiffError
 │   ├── VocabularyMismatch   embedding rows that don't match
 │   ├── NamesMismatch        tensors that can't be matched by name
 │   ├── NotPortable          only the own base will do (quantised weights, raw bits)
+│   ├── NotAdvised           a target so far from the delta's base that the result would be noise
 │   └── WrongBase            an own-base rebuild asked for on something else
 ├── CannotExport             a delta that the wanted format can't express
 ├── RankLost                 another of the processes that torchrun started failed or is gone
@@ -133,6 +135,10 @@ class IntegrityError(HubdiffError):
     pass
 
 
+class BadSignature(IntegrityError):
+    pass
+
+
 class NotWorthIt(HubdiffError):
     pass
 
@@ -158,6 +164,10 @@ class NamesMismatch(CannotApply):
 
 
 class NotPortable(CannotApply):
+    pass
+
+
+class NotAdvised(CannotApply):
     pass
 
 

@@ -7,6 +7,7 @@ published here.
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import numpy as np
 
 from hubdiff.compare import HALVES, Comparison, Floats, compare, delta_dtype
 from hubdiff.encodings import ENCODINGS, tails
+from hubdiff.floats import bf16, floats
 from hubdiff.hashing import FileHashes, Lane, tensor_hash
 from hubdiff.layers import (
     DenseWriter,
@@ -35,6 +37,7 @@ from hubdiff.pair import Pair, TensorPair
 from hubdiff.progress import Progress
 from hubdiff.ranks import ALONE, Ranks
 from hubdiff.safetensors_io import Header
+from hubdiff.sample import BLOCK, Sample
 from hubdiff.stream import (
     Block,
     Range,
@@ -54,11 +57,24 @@ _PENDING = "0" * 64  # a hash that is known only when the payload is whole
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """The values at a tensor's blocks of the sample: patterns of the base in the sample's dtype, of
+    Δ in BF16, in base64 so that ranks can tell each other."""
+
+    base: str
+    delta: str
+
+    @classmethod
+    def of(cls, base: bytes, delta: bytes) -> Sampled:
+        return cls(*(base64.b64encode(data).decode() for data in (base, delta)))
+
+
+@dataclass(frozen=True)
 class Extracted:
     """What ``extract`` found and wrote. ``weights`` are the tuned shards, ``base_files`` the
     base's, by content; ``compressed`` is about how many bytes the tuned tensors themselves would
-    take in the encodings of deltas. Of the ``layers``, the files that are ``here`` were written by
-    this rank; all the rest is the same on every rank."""
+    take in the encodings of deltas; ``sampled`` is by the base's names. Of the ``layers``, the
+    files that are ``here`` were written by this rank; all the rest is the same on every rank."""
 
     tensors: tuple[TensorRecord, ...]
     layers: dict[str, tuple[FileRecord, ...]]
@@ -67,6 +83,7 @@ class Extracted:
     base_files: tuple[FileRecord, ...]
     here: frozenset[str]
     compressed: int
+    sampled: dict[str, Sampled]
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,7 @@ class _Compared:
     tensors: tuple[TensorRecord, ...]
     layers: dict[str, tuple[LayerFile, ...]]
     compressed: int
+    sampled: dict[str, Sampled]
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> _Compared:
@@ -91,6 +109,7 @@ class _Compared:
                 for group, files in document["layers"].items()
             },
             document["compressed"],
+            {name: Sampled(**values) for name, values in document["sampled"].items()},
         )
 
 
@@ -108,6 +127,7 @@ class _Piece:
     tuned: memoryview
     base: memoryview | None
     blobs: list[tuple[str, int, tuple[bytes, ...]]] = field(default_factory=list)
+    sampled: list[tuple[bytes, bytes]] = field(default_factory=list)
     compressed: int = 0
     changed: int = 0
     delta_square: float = 0.0
@@ -119,6 +139,7 @@ def extract(
     folder: Path,
     *,
     plain: bool,
+    sample: Sample,
     progress: Progress,
     hash_base: bool = True,
     ranks: Ranks = ALONE,
@@ -138,7 +159,8 @@ def extract(
             side.once = True
     progress.start("comparing tuned and base", sum(shards[file].file_size for file in mine))
     base_hashes = FileHashes(pair.base)
-    done = _compare(pair, folder, mine, _Worker(pair, plain), base_hashes, progress, meanwhile)
+    worker = _Worker(pair, plain, sample)
+    done = _compare(pair, folder, mine, worker, base_hashes, progress, meanwhile)
     progress.finish()
     given = ranks.gather({file: asdict(one) for file, one in done.items()}, "comparing")
     everyone = {file: one for rank in given for file, one in rank.items()}
@@ -211,6 +233,7 @@ def _number(
         base_files,
         frozenset(here),
         sum(one.compressed for one in compared),
+        {name: values for one in compared for name, values in one.sampled.items()},
     )
 
 
@@ -236,8 +259,8 @@ def _united(given: list[dict[str, str]]) -> dict[str, str]:
 class _Worker:
     """Turns blocks into encoded pieces. Holds no state between blocks, so threads may share it."""
 
-    def __init__(self, pair: Pair, plain: bool) -> None:
-        self._pair, self._plain = pair, plain
+    def __init__(self, pair: Pair, plain: bool, sample: Sample) -> None:
+        self._pair, self._plain, self._sample = pair, plain, sample
 
     def parts(self, pair: TensorPair) -> dict[str, Part]:
         """The parts a tensor may have, by group, before their sizes are known."""
@@ -287,6 +310,9 @@ class _Worker:
             return
         base = np.frombuffer(piece.base, unit_dtype(pair.base.entry.dtype))
         delta = self._delta_dtype(pair)
+        if pair.is_float:
+            source = _master_part(pair, master, slice(None)) or Floats(tuned, dtype)
+            self._take_sample(piece, pair, source, base)
         for segment, part in piece.span.segments():
             if not pair.is_float:
                 self._encode_raw(piece, segment, tuned[part], base[part])
@@ -298,6 +324,23 @@ class _Worker:
                 delta,
             )
             self._encode_float(piece, segment, compared, delta)
+
+    def _take_sample(
+        self, piece: _Piece, pair: TensorPair, source: Floats, base: np.ndarray
+    ) -> None:
+        """The blocks of the sample that lie in this span, which is cut at segments: at blocks
+        too."""
+        assert pair.base is not None
+        for block in self._sample.within(pair.name, piece.span.first, piece.span.units):
+            first = block * BLOCK - piece.span.first
+            here = slice(first, first + BLOCK)
+            values = floats(base[here], pair.base.entry.dtype)
+            piece.sampled.append(
+                (
+                    base_patterns(base[here], pair.base.entry.dtype, self._sample.dtype),
+                    _delta_patterns(floats(source.bits[here], source.dtype), values),
+                )
+            )
 
     def _raw(self, bits: np.ndarray) -> bytes:
         return ENCODINGS["plain" if self._plain else "planes"].encode(bits)
@@ -357,6 +400,7 @@ class _Collector:
         self._tuned_hashes = FileHashes(pair.tuned)
         self._base_hashes = base_hashes
         self._records: list[TensorRecord] = []
+        self._sampled: dict[str, Sampled] = {}
         self._open: _OpenTensor | None = None
         self._compressed = 0
 
@@ -388,6 +432,9 @@ class _Collector:
             self._feed(1, self._base_hashes, where.file, where.begin, piece.base)
         if piece.span.last:
             self._records.append(self._open.finish())
+            if self._open.sampled:
+                both = zip(*self._open.sampled, strict=True)
+                self._sampled[pair.name] = Sampled.of(*(b"".join(side) for side in both))
             self._open = None
 
     def _feed(
@@ -406,6 +453,7 @@ class _Collector:
                 records,
                 {group: layer.finish() for group, layer in self._layers.items()},
                 self._compressed,
+                self._sampled,
             )
 
 
@@ -420,6 +468,7 @@ class _OpenTensor:
         self._tuned, self._base, self._probe = tensor_hash(), tensor_hash(), tensor_hash()
         self._probed = 0
         self._changed, self._delta_square, self._base_square = 0, 0.0, 0.0
+        self.sampled: list[tuple[bytes, bytes]] = []
 
     def add(self, piece: _Piece) -> None:
         if self._pair.base is None:
@@ -432,6 +481,7 @@ class _OpenTensor:
             start = piece.base[: PROBE_BYTES - self._probed]
             self._probe.update(start)
             self._probed += len(start)
+        self.sampled += piece.sampled
         self._changed += piece.changed
         self._delta_square += piece.delta_square
         self._base_square += piece.base_square
@@ -463,6 +513,17 @@ class _OpenTensor:
             base_norm=math.sqrt(self._base_square),
             tuned_name=self._pair.tuned_name,
         )
+
+
+def base_patterns(base: np.ndarray, dtype: str, wanted: str) -> bytes:
+    """A block of the base in the sample's dtype."""
+    return (base if dtype == wanted else floats(base, dtype)).tobytes()
+
+
+def _delta_patterns(tuned: np.ndarray, base: np.ndarray) -> bytes:
+    """A block of Δ, in BF16. Where nothing changes it is −0.0."""
+    with np.errstate(all="ignore"):  # what is infinite or no number is left out when it is read
+        return bf16(-(base - tuned)).tobytes()
 
 
 def needs_torch(pair: TensorPair) -> bool:

@@ -22,8 +22,9 @@ from hubdiff.adapter import Adapter, Factors
 from hubdiff.checkpoint import Checkpoint, Placed
 from hubdiff.encodings import low_rank
 from hubdiff.errors import CannotDiff
-from hubdiff.extract import Extracted, extract
+from hubdiff.extract import Extracted, Sampled, base_patterns, extract
 from hubdiff.files import LocalTree
+from hubdiff.floats import bf16
 from hubdiff.hashing import FileHashes, Lane, tensor_hash
 from hubdiff.layers import LayerWriter, header_room, number
 from hubdiff.manifest import (
@@ -40,6 +41,7 @@ from hubdiff.pair import Pair, TensorPair
 from hubdiff.progress import Progress
 from hubdiff.refs import ModelRef
 from hubdiff.safetensors_io import TensorEntry, read_header
+from hubdiff.sample import BLOCK, Sample
 from hubdiff.stream import (
     Block,
     Range,
@@ -60,22 +62,27 @@ _COPY = 8 << 20
 # --- an adapter ---
 
 
-def extract_adapter(adapter: Adapter, folder: Path, progress: Progress) -> Extracted:
+def extract_adapter(
+    adapter: Adapter, folder: Path, sample: Sample, progress: Progress
+) -> Extracted:
     """Write the layer files of an adapter's delta into ``folder``. The base is read once, for its
     fingerprints and norms. Raises ``CannotDiff`` for factors that are not finite, or a copy of a
     base's tensor that is none."""
     with _scratch(folder) as scratch:
         # The result on the own base should be the tuned tensor: not with a Δ rounded to BF16.
         plain = any(_has_float32(pair) for pair in adapter.pair.tensors.values())
-        whole = extract(adapter.pair, scratch, plain=plain, progress=progress, hash_base=False)
-        seen = _survey(adapter.pair.base, set(adapter.factors), progress)
+        whole = extract(
+            adapter.pair, scratch, plain=plain, sample=sample, progress=progress, hash_base=False
+        )
+        seen = _survey(adapter.pair.base, set(adapter.factors), sample, progress)
         _check_copies(adapter, seen)
         shapes = [(name, one.base.entry.shape) for name, one in adapter.factors.items()]
         with _Layers(folder, scratch, whole, shapes) as layers:
-            records = [
-                _adapter_record(adapter, name, layers, seen.tensors[name])
+            made = [
+                _adapter_record(adapter, name, layers, sample, seen.tensors[name])
                 for name in adapter.factors
             ]
+            records = [record for record, _ in made]
             records += [layers.keep(record) for record in whole.tensors]
             files, weight_map = layers.finish()
     return replace(
@@ -85,6 +92,7 @@ def extract_adapter(adapter: Adapter, folder: Path, progress: Progress) -> Extra
         weight_map=weight_map,
         base_files=seen.files,
         here=_paths(files),
+        sampled={**whole.sampled, **{record.name: values for record, values in made}},
     )
 
 
@@ -97,16 +105,17 @@ def _has_float32(pair: TensorPair) -> bool:
 
 
 def _adapter_record(
-    adapter: Adapter, name: str, layers: _Layers, seen: _SeenTensor
-) -> TensorRecord:
+    adapter: Adapter, name: str, layers: _Layers, sample: Sample, seen: _SeenTensor
+) -> tuple[TensorRecord, Sampled]:
     factors, source = adapter.factors[name], adapter.pair.tuned
     payload = factor_bytes(source, factors.left, factors) + factor_bytes(
         source, factors.right, factors
     )
     said = LowRank(factors.rank, factors.alpha, factors.scale, factors.dtype, 0.0, None)
     entry = factors.base.entry
-    norm = _product_norm(said.product(entry.shape), payload, f"{source.tree.pin}, {name}")
-    return TensorRecord(
+    product = said.product(entry.shape)
+    norm = _product_norm(product, payload, f"{source.tree.pin}, {name}")
+    record = TensorRecord(
         name=name,
         shape=entry.shape,
         dtype=entry.dtype,
@@ -120,6 +129,16 @@ def _adapter_record(
         base_norm=math.sqrt(seen.square),
         tuned_name=name,
     )
+    return record, Sampled.of(seen.sampled, _sampled_product(product, payload, sample, name))
+
+
+def _sampled_product(product: low_rank.Product, payload: bytes, sample: Sample, name: str) -> bytes:
+    """Δ at the blocks of the sample, patterns of BF16."""
+    pieces = list(sample.pieces_of(name))
+    found = [np.empty(piece.count, np.float32) for piece in pieces]
+    for piece, values in zip(pieces, found, strict=True):
+        product.fill(payload, piece.first, values)
+    return b"".join(bf16(values).tobytes() for values in found)
 
 
 def factor_bytes(source: Checkpoint, placed: Placed, factors: Factors) -> bytes:
@@ -172,6 +191,7 @@ class _SeenTensor:
     blake3: str
     probe: str
     square: float
+    sampled: bytes
 
 
 @dataclass(frozen=True)
@@ -182,11 +202,11 @@ class _Seen:
     tensors: dict[str, _SeenTensor]
 
 
-def _survey(base: Checkpoint, wanted: set[str], progress: Progress) -> _Seen:
+def _survey(base: Checkpoint, wanted: set[str], sample: Sample, progress: Progress) -> _Seen:
     """Read a model once, file by file."""
     hashes = FileHashes(base)
     tensors: dict[str, _SeenTensor] = {}
-    digest, start, square = tensor_hash(), bytearray(), 0.0
+    digest, start, square, values = tensor_hash(), bytearray(), 0.0, bytearray()
 
     def read(block: Block) -> list[tuple[Span, memoryview, float]]:
         where = {s: Range(block.file, s.begin, s.begin + s.nbytes) for s in block.spans}
@@ -197,20 +217,22 @@ def _survey(base: Checkpoint, wanted: set[str], progress: Progress) -> _Seen:
         ]
 
     def take(block: Block, read: list[tuple[Span, memoryview, float]]) -> None:
-        nonlocal digest, start, square
+        nonlocal digest, start, square, values
         lane.catch_up()
         for span, view, piece in read:
             lane.feed(hashes.stream(block.file), span.begin, view)
             digest.update(view)
             start += view[: PROBE_BYTES - len(start)]
             square += piece
+            if span.entry.name in wanted:
+                values += _sampled(view, span, sample)
             if span.last:
                 probe = tensor_hash()
                 probe.update(start)
                 tensors[span.entry.name] = _SeenTensor(
-                    digest.hexdigest(), probe.hexdigest(), square
+                    digest.hexdigest(), probe.hexdigest(), square, bytes(values)
                 )
-                digest, start, square = tensor_hash(), bytearray(), 0.0
+                digest, start, square, values = tensor_hash(), bytearray(), 0.0, bytearray()
         progress.advance(block.nbytes)
 
     progress.start("reading the base", sum(header.file_size for header in base.shards.values()))
@@ -225,6 +247,15 @@ def _survey(base: Checkpoint, wanted: set[str], progress: Progress) -> _Seen:
     return _Seen(tuple(hashes.check(file, digests) for file in base.shards), tensors)
 
 
+def _sampled(view: memoryview, span: Span, sample: Sample) -> bytes:
+    """The base at the blocks of the sample that lie in a span."""
+    patterns = np.frombuffer(view, unit_dtype(span.entry.dtype))
+    blocks = sample.within(span.entry.name, span.first, span.units)
+    starts = [number * BLOCK - span.first for number in blocks]
+    parts = [patterns[start : start + BLOCK] for start in starts]
+    return b"".join(base_patterns(part, span.entry.dtype, sample.dtype) for part in parts)
+
+
 def _square(view: memoryview, entry: TensorEntry) -> float:
     """‖values‖², those that are not finite left out."""
     values = numerics.from_bits(np.frombuffer(view, unit_dtype(entry.dtype)), entry.dtype).double()
@@ -235,13 +266,13 @@ def _square(view: memoryview, entry: TensorEntry) -> float:
 
 
 def extract_truncated(
-    pair: Pair, folder: Path, wanted: Truncation, progress: Progress
+    pair: Pair, folder: Path, wanted: Truncation, sample: Sample, progress: Progress
 ) -> tuple[Extracted, Lossy]:
     """Write the layer files of ``pair`` into ``folder``, every matrix that is smaller as factors
     as factors. One whole matrix is in memory at a time. Raises ``CannotDiff`` where there is
     none."""
     with _scratch(folder) as scratch:
-        packed = extract(pair, scratch, plain=False, progress=progress)
+        packed = extract(pair, scratch, plain=False, sample=sample, progress=progress)
         progress.start("factorising", sum(_matrix_bytes(record) for record in packed.tensors))
         with _Layers(folder, scratch, packed, []) as layers:
             records = []

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from hubdiff.errors import CheckpointError
 from hubdiff.files import FileTree
 from hubdiff.progress import Progress
+from hubdiff.refs import ModelRef
 
 CARD = "README.md"
 _HEADER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
@@ -70,6 +71,25 @@ def note_problems(known: Iterable[RepoFacts], progress: Progress) -> None:
     for one in known:
         if one.problem is not None:
             progress.note(one.problem)
+
+
+def keeps_private(
+    known: Iterable[RepoFacts],
+    destination: ModelRef,
+    private: bool,
+    public: bool,
+    progress: Progress,
+) -> bool:
+    """Whether what is made of these goes to a private repo: asked for, or because one of them is
+    gated or private itself and nobody said ``public``."""
+    closed = any(one.gated or one.private for one in known)
+    if private or public or not closed or destination.repo is None:
+        return private
+    progress.note(
+        f"{destination.repo} is made private, as what it is made of is gated or private (--public "
+        "if its terms allow otherwise)"
+    )
+    return True
 
 
 def facts_from(

@@ -10,13 +10,16 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import math
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import zstandard
 
 from hubdiff import fields
+from hubdiff import sample as sampling
 from hubdiff.checkpoint import MANIFEST
 from hubdiff.errors import NewerFormat, NotADelta
 from hubdiff.files import FileTree
@@ -223,6 +226,7 @@ class Manifest:
     provenance: dict[str, Any] | None = None
     adapter: tuple[AdapterTensor, ...] | None = None
     lossy: Lossy | None = None
+    sample: sampling.Sample | None = None
     policy: dict[str, str] = field(
         default_factory=lambda: {"only_in_tuned": "add", "only_in_base": "keep"}
     )
@@ -278,6 +282,8 @@ class Manifest:
             document["adapter"] = {"tensors": [asdict(tensor) for tensor in self.adapter]}
         if self.lossy is not None:
             document["lossy"] = asdict(self.lossy)
+        if self.sample is not None:
+            document["sample"] = sampling.to_json(self.sample)
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -317,6 +323,7 @@ def _manifest(root: fields.Fields) -> Manifest:
     adapter = root.optional_child("adapter") if "adapter" in root else None
     lossy = root.optional_child("lossy") if "lossy" in root else None
     _check_header_sizes(tuned)
+    tensors = tuple(_tensor(item, adapter is not None) for item in root.children("tensors"))
     manifest = Manifest(
         hubdiff_version=root.get("hubdiff_version", fields.string),
         base=_base(root.child("base")),
@@ -330,7 +337,7 @@ def _manifest(root: fields.Fields) -> Manifest:
             )
             for i in tuned.children("not_carried")
         ),
-        tensors=tuple(_tensor(item, adapter is not None) for item in root.children("tensors")),
+        tensors=tensors,
         removed=tuple(root.get("removed", fields.strings)),
         layers={g: tuple(_file(item) for item in layers.children(g)) for g in GROUPS},
         side_files=tuple(_file(item) for item in root.children("side_files")),
@@ -350,10 +357,23 @@ def _manifest(root: fields.Fields) -> Manifest:
         if adapter
         else None,
         lossy=_lossy(lossy) if lossy else None,
+        sample=sampling.from_json(root.child("sample"), sampled_counts(tensors))
+        if "sample" in root
+        else None,
         policy=root.get("policy", fields.string_map),
     )
     _check_names(manifest, root)
     return manifest
+
+
+def sampled_counts(tensors: Iterable[TensorRecord]) -> dict[str, int]:
+    """The elements of every tensor that a sample may have blocks of: those that have a Δ of
+    numbers."""
+    return {
+        record.name: math.prod(record.shape)
+        for record in tensors
+        if {record.dtype, record.base_dtype} <= set(_FLOATS)
+    }
 
 
 def _check_header_sizes(tuned: fields.Fields) -> None:

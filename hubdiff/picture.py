@@ -7,39 +7,15 @@ with matplotlib, which is imported when it is needed. The same tensors give the 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from hubdiff.anatomy import KINDS, place
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-KINDS = ("attention", "mlp", "norm", "embedding", "other")
-
-# The numbered component of a name is a layer when the word before it says so; "classifier.2" or
-# "experts.7" is not one.
-_LAYER = re.compile(
-    r"(?:^|(?P<stack>.*?)\.)(?:layers?|h|blocks?|resblocks|stages|layer_module)\.(?P<index>\d{1,6})\."
-)
-# First match wins: q_norm is a norm, attention.output.dense belongs to attention.
-_KINDS = (
-    ("norm", re.compile(r"norm|(?:^|[._])ln(?:[._\d]|$)", re.IGNORECASE)),
-    ("embedding", re.compile(r"embed|(?:^|\.)(?:wte|wpe|shared|lm_head)(?:\.|$)", re.IGNORECASE)),
-    (
-        "attention",
-        re.compile(r"att(?:entio)?n|(?:^|[._])(?:[qkvo]_proj|query|key|value)\.", re.IGNORECASE),
-    ),
-    (
-        "mlp",
-        re.compile(
-            r"mlp|ffn|feed_?forward|expert|(?:^|[._])(?:gate|up|down)_proj|(?:^|\.)fc\d?|"
-            r"densereludense|\.w[io123](?:_\d)?\.|intermediate\.|output\.dense|moe",
-            re.IGNORECASE,
-        ),
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -69,7 +45,7 @@ def group_by_layer(tensors: Iterable[Mapping[str, Any]]) -> list[LayerRow]:
     groups: dict[tuple[str, int | None, str], list[Mapping[str, Any]]] = {}
     for tensor in tensors:
         if tensor.get("base_dtype") is not None:
-            groups.setdefault(_place(str(tensor["name"])), []).append(tensor)
+            groups.setdefault(place(str(tensor["name"])), []).append(tensor)
     rows = [_row(*place, members) for place, members in groups.items()]
     stacks = list(dict.fromkeys(row.stack for row in rows))
     return sorted(
@@ -81,16 +57,6 @@ def group_by_layer(tensors: Iterable[Mapping[str, Any]]) -> list[LayerRow]:
             KINDS.index(r.kind),
         ),
     )
-
-
-def _place(name: str) -> tuple[str, int | None, str]:
-    """Stack, layer and kind of a tensor, from its name alone."""
-    found = _LAYER.match(name)
-    rest = name if found is None else name[found.end() :]
-    kind = next((kind for kind, pattern in _KINDS if pattern.search(rest)), "other")
-    if found is None:
-        return "", None, kind
-    return found["stack"] or "", int(found["index"]), kind
 
 
 def _row(
@@ -131,8 +97,9 @@ _STYLE = {
     "embedding": ("#CC79A7", "D"),
     "other": ("#666666", "v"),
 }
-_INK = "#222222"
-_GRID = "#D9D9D9"
+INK = "#222222"
+GRID = "#D9D9D9"
+MOVED, REACH = "#0072B2", "#D55E00"  # of a target, of Δ
 _WIDE_RANGE = 30  # from this largest/smallest ratio on, a linear axis hides the small ones
 _MOST_BARS = 24
 _LABEL = "‖Δ‖ / ‖base‖"
@@ -178,15 +145,15 @@ def layer_picture(
             ncols=len(KINDS),
             frameon=False,
             fontsize=9,
-            labelcolor=_INK,
+            labelcolor=INK,
             handletextpad=0.3,
             columnspacing=1.2,
             borderaxespad=0.2,
         )
-    axes.set_title(title, color=_INK, fontsize=12, loc="left", parse_math=False)
+    axes.set_title(title, color=INK, fontsize=12, loc="left", parse_math=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.tick_params(colors=_INK, labelsize=9, length=0, which="both")
+    axes.tick_params(colors=INK, labelsize=9, length=0, which="both")
     canvas.print_png(file, metadata={"Software": None})  # no version, no date: same bytes
 
 
@@ -210,12 +177,12 @@ def _draw_layers(axes: Axes, rows: list[LayerRow]) -> None:
     if any(row.layer is None for row in rows):
         ticks.insert(0, (outside, "outside\nlayers"))
     for x in [start - 0.5 for start in first.values()][0 if ticks[0][0] == outside else 1 :]:
-        axes.axvline(x, color=_GRID, linewidth=1)
+        axes.axvline(x, color=GRID, linewidth=1)
     axes.set_xticks([x for x, _ in ticks], [text for _, text in ticks])
     _name_stacks(axes, first)
-    axes.set_xlabel("layer", color=_INK, fontsize=10)
-    axes.set_ylabel(_LABEL, color=_INK, fontsize=10)
-    axes.grid(axis="y", color=_GRID, linewidth=0.6)
+    axes.set_xlabel("layer", color=INK, fontsize=10)
+    axes.set_ylabel(_LABEL, color=INK, fontsize=10)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
 
 
 def _first_x(rows: list[LayerRow]) -> dict[str, int]:
@@ -251,7 +218,7 @@ def _name_stacks(axes: Axes, first: dict[str, int]) -> None:
                 x - 0.4,
                 0.99,
                 _plain(stack, 28),
-                color=_INK,
+                color=INK,
                 fontsize=8,
                 va="top",
                 transform=axes.get_xaxis_transform(),
@@ -271,15 +238,15 @@ def _draw_tensors(axes: Axes, tensors: list[Mapping[str, Any]]) -> None:
     floor = _scale(axes, [ratio for ratio, _ in shown], "x")
     for kind in KINDS:
         points = [
-            (float(y), ratio) for y, (ratio, name) in enumerate(shown) if _place(name)[2] == kind
+            (float(y), ratio) for y, (ratio, name) in enumerate(shown) if place(name)[2] == kind
         ]
         _dots(axes, [[point] for point in points], kind, floor, "x")
     axes.set_yticks(range(len(shown)), [_plain(name, 36) for _, name in shown])
     for label in axes.get_yticklabels():
         label.set_parse_math(False)
     more = f", {_MOST_BARS} most moved of {len(pairs)} tensors" if len(pairs) > _MOST_BARS else ""
-    axes.set_xlabel(f"{_LABEL}{more}", color=_INK, fontsize=10)
-    axes.grid(axis="both", color=_GRID, linewidth=0.6)
+    axes.set_xlabel(f"{_LABEL}{more}", color=INK, fontsize=10)
+    axes.grid(axis="both", color=GRID, linewidth=0.6)
 
 
 def _scale(axes: Axes, ratios: Sequence[float | None], axis: str) -> float:
@@ -346,7 +313,7 @@ def _dots(
 
 
 def _say(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, color=_INK, fontsize=11, ha="center", transform=axes.transAxes)
+    axes.text(0.5, 0.5, text, color=INK, fontsize=11, ha="center", transform=axes.transAxes)
 
 
 def _plain(text: str, most: int) -> str:

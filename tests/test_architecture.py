@@ -17,17 +17,33 @@ PACKAGE = Path(hubdiff.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a module imports at its top only from its own line or the ones before.
 LAYERS = [
-    {"_version", "errors", "progress", "refs", "markdown", "memory"},
-    {"ranks", "files", "configs", "sidecars", "lineage", "fields", "names", "picture", "kernels"}
+    {"_version", "errors", "progress", "refs", "markdown", "memory", "anatomy", "floats"}
+    | {"graph", "registry_tags"},
+    {
+        "ranks",
+        "files",
+        "configs",
+        "sidecars",
+        "licences",
+        "provenance",
+        "fields",
+        "names",
+        "picture",
+        "kernels",
+    }
     | {"scales"},
     {"facts", "safetensors_io", "summary", "encodings", "numerics", "methods", "hub"},
+    {"sample", "vocab"},
     {"manifest", "checkpoint", "card"},
+    {"signing"},
     {"stream", "pair", "compare"},
     {"adapter", "truncate"},
     {"hashing"},
     {"payloads", "writer", "nvcomp"},
     {"layers", "delta", "device"},
-    {"extract", "plan"},
+    {"forecast", "difference"},
+    {"extract", "plan", "verdict", "forecast_picture"},
+    {"compat", "lineage_page"},
     {"trimming", "dense", "quick", "factored"},
     {"combine"},
     {"merge", "peft_file"},
@@ -59,12 +75,20 @@ def test_the_public_surface_is_this():
     assert set(hubdiff.__all__) == {
         "HubdiffError",
         "__version__",
+        "alias",
         "apply",
+        "check",
+        "diff",
         "export",
         "inspect",
+        "lineage",
+        "list_deltas",
         "load",
         "open_delta",
         "push_delta",
+        "search",
+        "sign",
+        "tag",
         "unpack",
         "verify",
     }

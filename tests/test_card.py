@@ -125,7 +125,7 @@ def test_delta_metadata() -> None:
         "library_name": "hubdiff",
         "license": "llama3.1",
         "pipeline_tag": "text-generation",
-        "tags": ["hubdiff", "diff-vector"],
+        "tags": ["hubdiff", "diff-vector", "tuned_model:me/tuned"],
     }
 
 
@@ -371,7 +371,7 @@ def test_no_card_of_a_parent_can_break_the_metadata(text: str) -> None:
         *("license", "license_name", "license_link", "language", "pipeline_tag"),
     }
     assert found["library_name"] == "hubdiff"
-    assert found["tags"] == ["hubdiff", "diff-vector"]
+    assert found["tags"] == ["hubdiff", "diff-vector", "tuned_model:me/tuned"]
 
 
 def test_jinja_in_a_name_is_only_text() -> None:

@@ -222,7 +222,7 @@ def test_a_transfer_is_the_exact_sum_rounded_once(
         extra = {"layer.extra.weight": torch.zeros(1)}  # so that it never is the own base
         target = write(folder / "target", {**{n: m for n, (_, _, m) in made.items()}, **extra})
         hubdiff.push_delta(tuned, folder / "delta", base=base, plain=plain)
-        hubdiff.apply(folder / "delta", target, output=folder / "result", scale=scale)
+        hubdiff.apply(folder / "delta", target, output=folder / "result", scale=scale, force=True)
         result = load_file(folder / "result" / "model.safetensors")
         for name, (tune, start, goal) in made.items():
             with hubdiff.open_delta(folder / "delta") as delta:
@@ -286,7 +286,7 @@ def test_a_low_rank_transfer_is_the_exact_sum_rounded_once(
         base = write(folder / "base", {n: b for n, (_, b, _) in made.items()})
         target = write(folder / "target", {n: m for n, (_, _, m) in made.items()})
         hubdiff.push_delta(tuned, folder / "delta", base=base, rank=1)
-        hubdiff.apply(folder / "delta", target, output=folder / "result", scale=scale)
+        hubdiff.apply(folder / "delta", target, output=folder / "result", scale=scale, force=True)
         hubdiff.verify(folder / "delta")
         result = load_file(folder / "result" / "model.safetensors")
         with hubdiff.open_delta(folder / "delta") as delta:
@@ -378,7 +378,7 @@ def test_fp8_rebuilds_on_its_own_base_and_is_refused_elsewhere(
     hubdiff.push_delta(tuned, tmp_path / "delta", base=base, plain=plain)
     rebuilt_equals(tmp_path, tmp_path / "delta", base, tuned)
     with pytest.raises(NotPortable, match="F8_") as caught:
-        hubdiff.apply(tmp_path / "delta", target, output=tmp_path / "out")
+        hubdiff.apply(tmp_path / "delta", target, output=tmp_path / "out", force=True)
     assert caught.value.next_step
     assert not (tmp_path / "out").exists()
 
@@ -420,7 +420,9 @@ def test_added_and_removed_tensors(
         assert set(record.removed) == set(gone)
         rebuilt_equals(folder, folder / "delta", base, tuned)
         # A scale makes a transfer of it, even onto a target that happens to be the own base.
-        applied = hubdiff.apply(folder / "delta", target, output=folder / "result", scale=0.5)
+        applied = hubdiff.apply(
+            folder / "delta", target, output=folder / "result", scale=0.5, force=True
+        )
         result = load_file(folder / "result" / "model.safetensors")
     assert set(result) == {*made, *new, *gone}
     assert set(applied.plan["added"]) == set(new)
@@ -452,7 +454,7 @@ def test_tensors_of_several_real_segments(tmp_path: Path, plain: bool, dtype: to
     target = write(tmp_path / "target", other)
     hubdiff.push_delta(tuned, tmp_path / "delta", base=base, plain=plain)
     rebuilt_equals(tmp_path, tmp_path / "delta", base, tuned)
-    hubdiff.apply(tmp_path / "delta", target, output=tmp_path / "result")
+    hubdiff.apply(tmp_path / "delta", target, output=tmp_path / "result", force=True)
     result = load_file(tmp_path / "result" / "model.safetensors")
     for name in old:
         if dtype == torch.bfloat16:

@@ -401,7 +401,9 @@ def test_apply_gives_the_same_files_on_every_device(tmp_path, device, plain):
                     if where == "cpu" and len(results) == 0:
                         patch.setattr(merge, "engine_for", lambda _: Cpu())
                     output = tmp_path / f"{name} {scale} {len(results)}"
-                    hubdiff.apply(delta, target, output=output, scale=scale, device=where)
+                    hubdiff.apply(
+                        delta, target, output=output, scale=scale, device=where, force=True
+                    )
                 results.append(models.hashes(output)["model.safetensors"])
             assert results[0] == results[1], (name, scale)
     assert (

@@ -112,7 +112,9 @@ def test_a_broken_card_stops_no_work(tmp_path: Path, header: str) -> None:
     assert [note for note in notes if "tuned/README.md" in note]
     assert [note for note in notes if "base/README.md" in note]
     notes.clear()
-    hubdiff.apply(tmp_path / "delta", target, output=tmp_path / "out", progress=Notes(notes))
+    hubdiff.apply(
+        tmp_path / "delta", target, output=tmp_path / "out", progress=Notes(notes), force=True
+    )
     assert [note for note in notes if "delta/tuned/README.md" in note]
     assert [note for note in notes if "target/README.md" in note]
 
@@ -132,7 +134,9 @@ def test_cards_are_read_before_the_work(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(HubUnavailable):
         hubdiff.push_delta(tuned, tmp_path / "again", base=base, progress=Notes(notes))
     with pytest.raises(HubUnavailable):
-        hubdiff.apply(tmp_path / "delta", target, output=tmp_path / "o", progress=Notes(notes))
+        hubdiff.apply(
+            tmp_path / "delta", target, output=tmp_path / "o", progress=Notes(notes), force=True
+        )
     assert "start" not in notes
 
 

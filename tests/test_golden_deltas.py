@@ -167,7 +167,7 @@ def _results(case: Path, folder: Path) -> dict[str, dict[str, str]]:
         ("half of it", "target", 0.5),
     ):
         output = folder / name.replace(" ", "-")
-        applied = hubdiff.apply(case / "delta", case / to, output=output, scale=scale)
+        applied = hubdiff.apply(case / "delta", case / to, output=output, scale=scale, force=True)
         assert applied.plan["case"] == ("own base" if to == "base" else "transfer")
         found[name] = _hashes(output)
     return found

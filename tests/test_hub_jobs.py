@@ -306,7 +306,8 @@ def test_a_foreign_model_is_not_replaced(
             job()
         assert "--force" in (caught.value.next_step or "")
         assert on_hub.head(devhub, theirs) == before
-    assert devhub.log.bytes_served(family.target_repo, "model-00002*") < 10_000
+    # No more than the sample of it.
+    assert devhub.log.bytes_served(family.target_repo, "model-00002*") < 50_000
     apply(delta_repo, family.target_repo, push_to=theirs, force=True)
     assert on_hub.head(devhub, theirs) != before
     assert "model.safetensors" not in listing(devhub, theirs)

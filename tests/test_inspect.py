@@ -35,7 +35,7 @@ def test_what_was_added_removed_and_not_carried(delta: Path) -> None:
 
 def test_sizes_are_those_on_the_disk(delta: Path) -> None:
     inspection = hubdiff.inspect(delta)
-    layers = sum(file.stat().st_size for file in delta.glob("*.safetensors"))
+    layers = sum(file.stat().st_size for file in delta.glob("*-0*.safetensors"))
     tuned = (delta.parent / "tuned" / "model.safetensors").stat().st_size
     assert inspection.summary.delta_bytes == layers
     assert inspection.as_json()["bytes"]["tuned_weights"] == tuned

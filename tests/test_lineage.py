@@ -1,262 +1,210 @@
+"""lineage, list and search on a loopback Hub with a family of models, deltas and results."""
+
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import models
+import on_hub
 import pytest
-from blake3 import blake3
+from on_hub import NewName, PutRepo, contents
 
 import hubdiff
-from hubdiff.lineage import Provenance, Side, code_provenance, licence_note, public_url, strictest
+from hubdiff.devhub import DevHub
+from hubdiff.graph import (
+    BASE_OF,
+    DELTA_IN,
+    NEW_VERSION,
+    TARGET_OF,
+    TUNED_OF,
+    Edge,
+    Graph,
+    Node,
+    dot,
+    mermaid,
+    tree_lines,
+)
+from hubdiff.lineage_page import lineage_page
 
 
-def run_git(folder: Path, *args: str) -> str:
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "init.defaultBranch=main"]
-    done = subprocess.run(
-        ["git", *identity, *args], cwd=folder, check=True, capture_output=True, text=True
-    )
-    return done.stdout.strip()
+@dataclass(frozen=True)
+class Kin:
+    """Names of repos: ``tuned`` is a fine-tune of ``base``, ``delta`` their difference, ``result``
+    that on ``newer``, the next version of ``base``."""
+
+    base: str
+    newer: str
+    tuned: str
+    delta: str
+    result: str
 
 
 @pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with one commit; the user's own git settings play no part."""
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    folder = tmp_path / "code"
-    folder.mkdir()
-    run_git(folder, "init")
-    (folder / "train.py").write_text("steps = 1\n")
-    run_git(folder, "add", "train.py")
-    run_git(folder, "commit", "-m", "first")
-    return folder
+def kin(devhub: DevHub, put_repo: PutRepo, new_name: NewName, tmp_path: Path) -> Kin:
+    base_weights = models.weights()
+    newer, base, tuned, delta, result = (new_name() for _ in range(5))
+    for name, tensors, card in (
+        (newer, models.moved(base_weights, 1e-3, 7), {"license": "llama3"}),
+        (base, base_weights, {"license": "mit", "new_version": newer}),
+        (tuned, models.moved(base_weights), {"license": "apache-2.0", "base_model": base}),
+    ):
+        folder = models.save(tmp_path / name, tensors, files={"README.md": on_hub.card(**card)})
+        put_repo(contents(folder), name)
+    hubdiff.push_delta(tuned, delta)
+    hubdiff.apply(delta, newer, push_to=result)
+    return Kin(base, newer, tuned, delta, result)
 
 
-def test_remote_commit_and_clean(checkout: Path) -> None:
-    run_git(checkout, "remote", "add", "origin", "https://me:secret@example.org/me/code.git")
-    model = checkout / "runs" / "model"
-    model.mkdir(parents=True)
-    (model / "model.safetensors").write_bytes(b"untracked")
-    commit = run_git(checkout, "rev-parse", "HEAD")
-    assert code_provenance(model) == Provenance("https://example.org/me/code.git", commit, False)
+def edges(graph: Graph) -> dict[tuple[str, str, str], str | None]:
+    return {(edge.origin, edge.made, edge.relation): edge.commit for edge in graph.edges}
 
 
-def test_changed_code_is_dirty(checkout: Path) -> None:
-    (checkout / "train.py").write_text("steps = 2\n")
-    provenance = code_provenance(checkout)
-    assert provenance is not None
-    assert provenance.dirty
-    assert provenance.remote is None
-    run_git(checkout, "add", "train.py")
-    staged = code_provenance(checkout)
-    assert staged is not None
-    assert staged.dirty
+def test_a_result_leads_to_everything_it_was_made_from(devhub: DevHub, kin: Kin) -> None:
+    graph = hubdiff.lineage(kin.result)
+    heads = {name: on_hub.head(devhub, name) for name in vars(kin).values()}
+    found = edges(graph)
+    assert found[kin.delta, kin.result, DELTA_IN] == heads[kin.delta]
+    assert found[kin.newer, kin.result, TARGET_OF] == heads[kin.newer]
+    assert found[kin.base, kin.delta, BASE_OF] == heads[kin.base]
+    assert found[kin.tuned, kin.delta, TUNED_OF] == heads[kin.tuned]
+    assert found[kin.base, kin.tuned, "finetune"] is None
+    assert found[kin.base, kin.newer, NEW_VERSION] is None
+    assert set(graph.nodes) == set(vars(kin).values())
+    kinds = {key: node.kind for key, node in graph.nodes.items()}
+    assert kinds == {
+        kin.base: "model",
+        kin.newer: "model",
+        kin.tuned: "model",
+        kin.delta: "delta",
+        kin.result: "result",
+    }
+    assert graph.nodes[kin.delta].layers
+    assert graph.nodes[kin.delta].numbers["size"]
+    assert graph.nodes[kin.result].numbers["check"] == "go"
 
 
-def test_the_remote_of_the_branch_comes_before_origin(checkout: Path) -> None:
-    run_git(checkout, "remote", "add", "origin", "git@example.org:fork/code.git")
-    run_git(checkout, "remote", "add", "upstream", "git@example.org:main/code.git")
-    assert_remote(checkout, "git@example.org:fork/code.git")
-    run_git(checkout, "update-ref", "refs/remotes/upstream/main", "HEAD")
-    run_git(checkout, "branch", "--set-upstream-to=upstream/main")
-    assert_remote(checkout, "git@example.org:main/code.git")
-    run_git(checkout, "checkout", "--detach")
-    assert_remote(checkout, "git@example.org:fork/code.git")
+@pytest.mark.parametrize("start", ["base", "tuned", "delta", "newer"])
+def test_from_wherever_one_starts_what_was_made_is_found(kin: Kin, start: str) -> None:
+    graph = hubdiff.lineage(getattr(kin, start))
+    assert graph.root == getattr(kin, start)
+    below = {"base": 4, "tuned": 2, "delta": 1, "newer": 1}[start]
+    seen: set[str] = set()
+    waiting = [graph.root]
+    while waiting:
+        for edge in graph.made(waiting.pop()):
+            if edge.made not in seen:
+                seen.add(edge.made)
+                waiting.append(edge.made)
+    assert len(seen) == below
+    if start != "newer":
+        assert {kin.delta, kin.result} - {graph.root} <= seen
 
 
-def assert_remote(folder: Path, url: str) -> None:
-    provenance = code_provenance(folder)
-    assert provenance is not None
-    assert provenance.remote == url
+def test_depth_is_kept_and_said(kin: Kin) -> None:
+    graph = hubdiff.lineage(kin.result, depth=1)
+    assert graph.cut
+    assert kin.delta in graph.nodes
+    assert not graph.origins(kin.delta)
+    assert not hubdiff.lineage(kin.result).cut
 
 
-def test_no_checkout_no_commit_no_folder(tmp_path: Path) -> None:
-    assert code_provenance(tmp_path) is None
-    assert code_provenance(tmp_path / "missing") is None
-    run_git(tmp_path, "init")
-    assert code_provenance(tmp_path) is None
+def test_the_licence_chain_is_followed(kin: Kin) -> None:
+    chain = hubdiff.lineage(kin.result).licences(kin.result)
+    assert [key for key, _, _ in chain][-1] == kin.result
+    assert {licence for _, licence, _ in chain} >= {"mit", "apache-2.0", "llama3"}
 
 
-def test_a_checkout_with_broken_config_is_none(checkout: Path) -> None:
-    (checkout / ".git" / "config").write_text("not a config\n")
-    assert code_provenance(checkout) is None
+def test_a_repo_that_is_gone_is_a_node_with_a_problem(devhub: DevHub, kin: Kin) -> None:
+    on_hub.api(devhub).delete_repo(kin.tuned)
+    graph = hubdiff.lineage(kin.delta)
+    assert "no repo" in (graph.nodes[kin.tuned].problem or "")
+    assert edges(graph)[kin.tuned, kin.delta, TUNED_OF]
 
 
-def test_a_checkout_can_not_make_us_run_its_programs(checkout: Path, tmp_path: Path) -> None:
-    hook, trace = tmp_path / "hook", tmp_path / "trace"
-    hook.write_text(f"#!/bin/sh\ntouch '{trace}'\n")
-    hook.chmod(0o755)
-    run_git(checkout, "config", "core.fsmonitor", str(hook))
-    run_git(checkout, "status")
-    assert trace.exists(), "the trap must work for the test to mean anything"
-    trace.unlink()
-    assert code_provenance(checkout) is not None
-    assert not trace.exists()
+def test_folders_have_a_lineage_too(kin: Kin, tmp_path: Path) -> None:
+    hubdiff.apply(kin.delta, kin.newer, output=tmp_path / "local result")
+    graph = hubdiff.lineage(str(tmp_path / "local result"))
+    assert graph.root == "local result"
+    assert graph.nodes["local result"].local
+    assert kin.base in graph.nodes
 
 
-@pytest.mark.parametrize("key", ["filter.X.y.clean", "filter.X.y.process"])
-def test_a_checkout_can_not_make_us_run_its_filters(
-    checkout: Path, tmp_path: Path, key: str
-) -> None:
-    trap, trace = tmp_path / "trap", tmp_path / "trace"
-    trap.write_text(f"#!/bin/sh\ntouch '{trace}'\ncat\n")
-    trap.chmod(0o755)
-    (checkout / ".git" / "info" / "attributes").write_text("*.py filter=X.y\n")
-    (checkout / "train.py").write_text("steps = 2\n")
-    run_git(checkout, "config", key, str(trap))
-    run_git(checkout, "status")
-    assert trace.exists(), "the trap must work for the test to mean anything"
-    trace.unlink()
-    provenance = code_provenance(checkout)
-    assert provenance is not None
-    assert provenance.dirty is None
-    assert not trace.exists()
+# --- as text ---
 
 
-def test_nor_a_submodule(checkout: Path, tmp_path: Path) -> None:
-    """A submodule's configuration lies in the same .git folder, and git reads it by itself."""
-    trap, trace = tmp_path / "trap", tmp_path / "trace"
-    trap.write_text(f"#!/bin/sh\ntouch '{trace}'\ncat\n")
-    trap.chmod(0o755)
-    allowed = ("-c", "protocol.file.allow=always")
-    run_git(checkout, *allowed, "submodule", "add", str(checkout), "part")
-    run_git(checkout, "commit", "-m", "part")
-    part = checkout / "part"
-    run_git(part, "config", "filter.x.clean", str(trap))
-    (checkout / ".git" / "modules" / "part" / "info" / "attributes").write_text("* filter=x\n")
-    (part / "train.py").write_text("steps = 2\n")
-    run_git(checkout, "status")
-    assert trace.exists(), "the trap must work for the test to mean anything"
-    trace.unlink()
-    assert code_provenance(checkout) is not None
-    assert not trace.exists()
-
-
-def test_the_users_own_filter_leaves_the_answer_known(
-    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = tmp_path / "gitconfig"
-    own.write_text('[filter "lfs"]\n\tclean = cat\n')
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(own))
-    provenance = code_provenance(checkout)
-    assert provenance is not None
-    assert provenance.dirty is False
-
-
-def test_without_git_there_is_no_provenance(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "git", None)
-    assert code_provenance(checkout) is None
-
-
-def test_a_result_pins_what_it_was_made_from_by_content(tmp_path: Path) -> None:
-    """A folder has a name only, and the name stays when the content changes."""
-    base = models.save(tmp_path / "base", models.weights())
-    tuned = models.save(tmp_path / "tuned", models.moved(models.weights()))
-    target = models.save(tmp_path / "target", models.weights(seed=7))
-    delta = tmp_path / "delta"
-    hubdiff.push_delta(tuned, delta, base=base)
-    hubdiff.apply(delta, target, output=tmp_path / "out")
-    record = json.loads((tmp_path / "out" / "hubdiff-result.json").read_text())
-    assert record["deltas"][0]["manifest_sha256"] == models.hashes(delta)["hubdiff.json"]
-    size = (target / "model.safetensors").stat().st_size
-    assert [(file["path"], file["size"]) for file in record["target"]["files"]] == [
-        ("model.safetensors", size)
-    ]
-
-
-@pytest.mark.parametrize("to", ["base", "target"])
-def test_a_result_names_its_files_by_content(tmp_path: Path, to: str) -> None:
-    """By sha256 where that is known beforehand, by blake3, which is faster, where nothing is."""
-    models.save(tmp_path / "base", models.weights())
-    models.save(tmp_path / "tuned", models.moved(models.weights()))
-    models.save(tmp_path / "target", models.weights(seed=7))
-    hubdiff.push_delta(tmp_path / "tuned", tmp_path / "delta", base=tmp_path / "base")
-    out = tmp_path / "out"
-    applied = hubdiff.apply(tmp_path / "delta", tmp_path / to, output=out)
-    files = json.loads((out / "hubdiff-result.json").read_text())["files"]
-    assert {file["path"] for file in files} >= {"model.safetensors", "config.json"}
-    hashers = {"sha256": hashlib.sha256, "blake3": blake3}
-    for file in files:
-        assert file in applied.as_json()["files"]
-        data = (out / file["path"]).read_bytes()
-        (kind,) = set(file) - {"path", "size"}
-        assert (file["size"], file[kind]) == (len(data), hashers[kind](data).hexdigest())
-        if file["path"] == "model.safetensors":
-            assert kind == ("sha256" if to == "base" else "blake3")
-
-
-@pytest.mark.parametrize(
-    ("url", "public"),
-    [
-        ("https://github.com/a/b.git", "https://github.com/a/b.git"),
-        ("https://user:token@host/a/b", "https://host/a/b"),
-        ("https://token@host:8443/a/b", "https://host:8443/a/b"),
-        ("https://host/a/b?private_token=x#y", "https://host/a/b"),
-        ("https://a@b:p@ss@host/x", "https://host/x"),
-        ("git@github.com:a/b.git", "git@github.com:a/b.git"),
-        ("ssh://git@host:22/a/b", "ssh://git@host:22/a/b"),
-        ("ssh://git:secret@host/a/b", "ssh://git@host/a/b"),
-        ("git://host/a", "git://host/a"),
-        ("/home/me/private", None),
-        ("../elsewhere", None),
-        ("C:\\code", None),
-        ("C:/code", None),
-        ("file:///home/me/private", None),
-    ],
-)
-def test_public_url(url: str, public: str | None) -> None:
-    assert public_url(url) == public
-
-
-@pytest.mark.parametrize(
-    ("licences", "strict"),
-    [
-        (["mit", "apache-2.0"], "apache-2.0"),
-        (["apache-2.0", "mpl-2.0"], "mpl-2.0"),
-        (["lgpl-3.0", "apache-2.0"], "lgpl-3.0"),
-        (["gpl-3.0", "lgpl-3.0"], "gpl-3.0"),
-        (["cc-by-4.0", "cc-by-sa-4.0"], "cc-by-sa-4.0"),
-        (["gpl-3.0", "cc-by-nc-4.0"], "cc-by-nc-4.0"),
-        (["cc-by-nc-sa-4.0", "cc-by-4.0"], "cc-by-nc-sa-4.0"),
-        (["openrail", "agpl-3.0"], "openrail"),
-        (["llama3.1", "cc-by-nc-4.0"], "llama3.1"),
-        (["apache-2.0", "gemma"], "gemma"),
-        (["apache-2.0", "other"], "other"),
-        (["apache-2.0", "my-own-terms"], "my-own-terms"),
-        (["llama3.1", None], "unknown"),
-        (["mit", ""], "unknown"),
-        (["mit, gpl-3.0", "apache-2.0"], "gpl-3.0"),
-        (["Apache-2.0", "mit"], "Apache-2.0"),
-        (["mit"], "mit"),
-        ([], "unknown"),
-    ],
-)
-def test_strictest(licences: list[str | None], strict: str) -> None:
-    assert strictest(licences) == strict
-    assert strictest(licences[::-1]) == strict
-
-
-def test_note_names_both_and_the_strictest() -> None:
-    note = licence_note([Side("base", "llama3.1", gated=True), Side("tuned model", "apache-2.0")])
-    assert note == (
-        "The base is under llama3.1 and the tuned model is under apache-2.0; the terms of each "
-        "apply. The strictest is llama3.1. The base is gated: accept the terms on the Hub first. "
-        "They hold here too."
+def sample() -> Graph:
+    nodes = [Node('o/"base"', "model", licence="mit"), Node("o/delta", "delta"), Node("b", "model")]
+    return Graph(
+        "o/delta",
+        {node.key: node for node in nodes},
+        (
+            Edge('o/"base"', "o/delta", BASE_OF, "7fd1a60" + "0" * 33),
+            Edge("o/delta", "b", DELTA_IN),
+        ),
     )
 
 
-def test_note_when_all_agree_or_one_says_nothing() -> None:
-    sides = [Side("base", "mit", gated=True), Side("tuned model", "mit", gated=True)]
-    assert licence_note(sides) == (
-        "The base and the tuned model are under mit; so is this. The base and the tuned model are "
-        "gated: accept the terms on the Hub first. They hold here too."
-    )
-    assert licence_note([Side("base", "mit")]) == "The base is under mit; so is this."
-    assert "ask the owner" in licence_note([Side("base", "mit"), Side("tuned model", None)])
-    assert "No licence" in licence_note([])
+def test_as_a_tree() -> None:
+    lines = list(tree_lines(sample()))
+    assert lines[0] == "o/delta (delta)"
+    assert '  └─ base of the delta: o/"base" (model, mit) @7fd1a60' in lines
+    assert "  └─ delta in the result: b (model)" in lines
+
+
+def test_a_circle_has_an_end() -> None:
+    nodes = {key: Node(key, "model") for key in "abc"}
+    graph = Graph("a", nodes, (Edge("a", "b", "x"), Edge("b", "c", "x"), Edge("c", "a", "x")))
+    text = "\n".join(tree_lines(graph))
+    assert "see above" in text
+    assert lineage_page(graph)
+
+
+def test_as_mermaid_and_dot() -> None:
+    text = mermaid(sample())
+    assert text.startswith("flowchart LR\n")
+    assert '["o/&quot;base&quot;"]' in text
+    assert '-->|"base of the delta @7fd1a60"|' in text
+    text = dot(sample())
+    assert '"o/\\"base\\"" -> "o/delta" [label="base of the delta @7fd1a60"]' in text
+    assert text.rstrip().endswith("}")
+    json.dumps(sample().as_json())
+
+
+def test_names_can_t_leave_their_place_in_the_page() -> None:
+    evil = '</script><script>alert(1)</script>"onload="x'
+    graph = Graph(evil, {evil: Node(evil, "model", problem="<b>")}, ())
+    page = lineage_page(graph)
+    assert "<script>alert" not in page
+    assert '"onload="' not in page
+    assert "<b>" not in page
+    assert page.count("</script>") == 2
+
+
+# --- list and search ---
+
+
+def test_list_finds_deltas_by_base_and_author(kin: Kin, put_repo: PutRepo) -> None:
+    found = hubdiff.list_deltas(base=kin.base)
+    assert [entry.repo for entry in found.entries] == [kin.delta]
+    (entry,) = found.entries
+    assert (entry.base or "").startswith(f"{kin.base}@")
+    assert (entry.tuned or "").startswith(f"{kin.tuned}@")
+    assert all((entry.size, entry.size_share, entry.relative_norm))
+    assert not found.more
+    assert hubdiff.list_deltas(base=kin.newer).entries == ()
+    assert kin.delta in {e.repo for e in hubdiff.list_deltas(author="org").entries}
+    assert hubdiff.list_deltas(author="other").entries == ()
+    card = on_hub.card(tags="diff-vector", base_model=kin.base)
+    broken = put_repo({"README.md": card.encode()})
+    entries = {e.repo: e for e in hubdiff.list_deltas(base=kin.base).entries}
+    assert "not a delta" in (entries[broken].problem or "")
+    assert hubdiff.list_deltas(base=kin.base, limit=1).more
+
+
+def test_search_looks_at_names_bases_and_licences(kin: Kin) -> None:
+    name = kin.delta.partition("/")[2]
+    for words in (name, f"{name} APACHE-2.0", kin.base, ["org", name]):
+        assert kin.delta in {e.repo for e in hubdiff.search(words).entries}, words
+    assert hubdiff.search(f"{name} nothing-like-this").entries == ()

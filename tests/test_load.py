@@ -206,7 +206,7 @@ def test_it_is_the_model_that_apply_and_from_pretrained_give(
     target = base
     if onto == "sibling":
         target = models.save(tmp_path / "next", models.weights(seed=5), shards=2)
-    hubdiff.apply(delta, target, output=tmp_path / "folder")
+    hubdiff.apply(delta, target, output=tmp_path / "folder", force=True)
     written.clear()
     model = hubdiff.load(delta, target, **wanted)
     assert set(written) <= {"config.json", "generation_config.json"}
@@ -378,7 +378,7 @@ def test_a_base_that_only_looks_like_the_own_base_becomes_a_transfer(tmp_path: P
     tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
     tensors["lm_head.weight"][-1, -1] += 1  # behind the probe
     sibling = models.save(tmp_path / "sibling", tensors)
-    hubdiff.apply(delta, sibling, output=tmp_path / "folder")
+    hubdiff.apply(delta, sibling, output=tmp_path / "folder", force=True)
     expected = load_file(tmp_path / "folder" / "model.safetensors")
     state = hubdiff.load(delta, sibling).state_dict()
     assert all(torch.equal(state[name], expected[name]) for name in expected)

@@ -245,7 +245,9 @@ def test_a_merge_is_the_naive_one(method: str, plain: bool, example: Example) ->
             hubdiff.push_delta(tuned, delta, base=folder / "base", plain=plain)
             deltas.append((delta, weight))
         out = folder / "out"
-        hubdiff.apply(deltas, folder / "target", output=out, scale=example.scale, **options)
+        hubdiff.apply(
+            deltas, folder / "target", output=out, scale=example.scale, **options, force=True
+        )
         found = load_file(out / "model.safetensors")
         for name, one in examples.items():
             naive = Naive(one, plain)

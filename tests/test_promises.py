@@ -133,7 +133,7 @@ def test_result_is_target_plus_exact_delta_rounded_once(
     models.save(tmp_path / "target", target)
     push_delta(tmp_path / "tuned", tmp_path / "delta", base=tmp_path / "base", plain=plain)
 
-    applied = apply(tmp_path / "delta", tmp_path / "target", output=tmp_path / "result")
+    applied = apply(tmp_path / "delta", tmp_path / "target", output=tmp_path / "result", force=True)
     assert applied.plan["case"] == "transfer"
     result = load(tmp_path / "result")
     for name, given in target.items():
@@ -145,7 +145,7 @@ def test_result_is_target_plus_exact_delta_rounded_once(
 
     for scale in (0.7, -1.0, 0.0):
         output = tmp_path / f"scaled {scale}"
-        apply(tmp_path / "delta", tmp_path / "target", output=output, scale=scale)
+        apply(tmp_path / "delta", tmp_path / "target", output=output, scale=scale, force=True)
         result = load(output)
         for name, given in target.items():
             expected = rounded_sum(name, given, tuned[name], base[name], scale, onto)
@@ -466,7 +466,7 @@ def work(tmp_path: Path) -> Work:
     after = {name: (t.float() * 1.01).to(t.dtype) for name, t in before.items()}
     models.save(tmp_path / "base", before)
     models.save(tmp_path / "tuned", after, files={"chat_template.jinja": "{{ x }}"})
-    other = {name: -tensor for name, tensor in before.items()}
+    other = {name: (t.float() * 0.97).to(t.dtype) for name, t in before.items()}
     target = on_hub.sharded(tmp_path / "target", on_hub.split(other, 8))
     push_delta(tmp_path / "tuned", tmp_path / "delta", base=tmp_path / "base")
     apply(tmp_path / "delta", target, output=tmp_path / "right")

@@ -259,7 +259,7 @@ def test_side_files_are_replayed_one_after_the_other(tmp_path: Path) -> None:
         tmp_path / "target", models.weights(seed=3), own=3,
         files={"chat_template.jinja": "old", "notes.txt": "old"},
     )  # fmt: skip
-    applied = hubdiff.apply([a, b], tmp_path / "target", output=tmp_path / "out")
+    applied = hubdiff.apply([a, b], tmp_path / "target", output=tmp_path / "out", force=True)
     texts = {
         p.name: p.read_text() for p in (tmp_path / "out").glob("*.*") if p.suffix != ".safetensors"
     }
@@ -413,13 +413,13 @@ def test_two_deltas_from_the_hub_read_what_is_planned(
         planned = hubdiff.apply(given, target, output=made / "x", dry_run=True, **options)
         headers = served()
         devhub.log.clear()
-        applied = hubdiff.apply(given, target, push_to=new_name(), **options)
+        applied = hubdiff.apply(given, target, push_to=new_name(), **options, force=True)
         assert applied.plan == planned.plan
         side = sum(f["bytes"] for f in planned.plan["files"] if f["action"] == "copy from delta")
         assert served() - headers + side == planned.plan["read"]["delta"]
         once = hubdiff.apply(given, target, output=made / "x", dry_run=True).plan["read"]["delta"]
         share = planned.plan["read"]["delta"] / once
-        assert 1.9 < share < 2 if options["method"] == "ties" else share == 1
+        assert 1.5 < share < 2 if options["method"] == "ties" else share == 1
 
         for name in repos:
             delta = made / f"{name}-delta"

@@ -22,11 +22,19 @@ from hubdiff.memory import leave_garbage, seldom_collect_garbage
 
 COMMANDS = {
     "push-delta": "push_delta",
+    "check": "check",
     "apply": "apply",
     "inspect": "inspect",
+    "diff": "diff",
     "verify": "verify",
+    "sign": "sign",
     "unpack": "unpack",
     "export": "export",
+    "list": "list_deltas",
+    "search": "search",
+    "lineage": "lineage",
+    "tag": "tag",
+    "alias": "alias",
     "demo": "demo",
 }
 
@@ -57,7 +65,8 @@ def cli() -> None:
 
     TUNED, BASE, DELTA and TARGET are org/name, org/name@revision, hf://org/name@revision, or a
     folder. Results go to stdout, progress to stderr. Exit codes: 0 done, 1 an error, 2 a command
-    line that can't be read, 130 stopped with Ctrl-C. HUBDIFF_DEBUG=1 shows tracebacks.
+    line that can't be read, 3 and 4 what check doubts and refuses, 130 stopped with Ctrl-C.
+    HUBDIFF_DEBUG=1 shows tracebacks.
     """
 
 

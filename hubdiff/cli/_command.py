@@ -33,6 +33,21 @@ class Command(click.Command):
                 formatter.write(f"{'':{formatter.current_indent}}{example}\n")
 
 
+def trust(function: F) -> F:
+    """--key, --signed-by and --issuer: whose signature is wanted."""
+    for option in (
+        click.option(
+            "--issuer", metavar="URL", help="Who vouches for IDENTITY. Default: GitHub's login."
+        ),
+        click.option(
+            "--signed-by", metavar="IDENTITY", help="Signed by this identity, through Sigstore."
+        ),
+        click.option("--key", metavar="FILE", help="Signed by the owner of this public key, PEM."),
+    ):
+        function = option(function)
+    return function
+
+
 def filters(subject: str) -> Callable[[F], F]:
     """--include and --exclude; ``subject`` says what their globs match."""
 
@@ -48,6 +63,9 @@ def filters(subject: str) -> Callable[[F], F]:
 
 
 private = click.option("--private", is_flag=True, help="Make the repo private, if it is new.")
+public = click.option(
+    "--public", is_flag=True, help="Public also where what it is made of is gated or private."
+)
 pr = click.option("--pr", is_flag=True, help="Open a pull request instead of committing.")
 cache = click.option("--cache", is_flag=True, help="Keep what is downloaded in the Hub cache.")
 # Read from the raw command line (Session.json): a wrong one must be answered in JSON too.

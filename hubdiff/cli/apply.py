@@ -66,9 +66,16 @@ if TYPE_CHECKING:
 )
 @shared.filters("tensors")
 @shared.private
+@shared.public
 @shared.pr
 @click.option("--force", is_flag=True, help="Replace what stands at DIR or REPO.")
 @shared.cache
+@click.option(
+    "--require-signature",
+    is_flag=True,
+    help="Only deltas that are signed, as --key or --signed-by says.",
+)
+@shared.trust
 @click.option("--dry-run", is_flag=True, help="Print the plan; read no weights, write nothing.")
 @shared.json_output
 @pass_session
@@ -87,13 +94,23 @@ def command(session: Session, delta: tuple[str, ...], **options: Any) -> None:
     output, push_to = options["output"], options["push_to"]
     if (output is None) == (push_to is None):
         raise click.UsageError("give either --output DIR or --push-to REPO")
-    if output is not None and (options["pr"] or options["private"]):
-        raise click.UsageError("--pr and --private go with --push-to REPO")
+    if output is not None and (options["pr"] or options["private"] or options["public"]):
+        raise click.UsageError("--pr, --private and --public go with --push-to REPO")
+    if options["private"] and options["public"]:
+        raise click.UsageError("give one of --private and --public")
     _check_settings(options)
+    signer = [options.pop(name) for name in ("key", "signed_by", "issuer")]
+    if any(signer) and not options["require_signature"]:
+        raise click.UsageError("--key, --signed-by and --issuer go with --require-signature")
+    if options["require_signature"] and (signer[0] is None) == (signer[1] is None):
+        raise click.UsageError("--require-signature needs one of --key and --signed-by")
     options["scale"] = _scales(options["scale"])
 
     from hubdiff.jobs.apply import apply
+    from hubdiff.signing import Trust
 
+    required = options.pop("require_signature")
+    options["signature"] = Trust.of(*signer) if required else None
     stopped = (
         f"Stopped. Nothing was published at {push_to}; a repo that is new stays there, empty."
         if output is None

@@ -159,7 +159,7 @@ def _tensor(record: TensorRecord) -> str:
 
 def _draw_layers(page: Page, rows: Sequence[LayerRow]) -> None:
     """One line per layer, one column per kind, each with a bar on a scale that all share."""
-    from hubdiff.picture import KINDS
+    from hubdiff.anatomy import KINDS
 
     if not rows:
         return

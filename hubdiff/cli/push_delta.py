@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 )
 @shared.filters("tensors")
 @shared.private
+@shared.public
 @shared.pr
 @click.option(
     "--force",
@@ -79,8 +80,11 @@ def command(session: Session, tuned: str, repo: str, **options: Any) -> None:
     """
     if sum(bool(options[name]) for name in ("rank", "energy", "plain")) > 1:
         raise click.UsageError("--rank, --energy and --plain exclude each other")
-    if ModelRef.parse(repo).path is not None and (options["pr"] or options["private"]):
-        raise click.UsageError("--pr and --private need a repo on the Hub, REPO is a folder")
+    hub_only = ("pr", "private", "public")
+    if ModelRef.parse(repo).path is not None and any(options[name] for name in hub_only):
+        raise click.UsageError("--pr, --private and --public need a repo, REPO is a folder")
+    if options["private"] and options["public"]:
+        raise click.UsageError("give one of --private and --public")
 
     from hubdiff.jobs.push import push_delta
 

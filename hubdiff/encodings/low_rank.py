@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hubdiff.encodings._frames import corrupt
+from hubdiff.floats import BYTES, floats
 
-DTYPES = {"BF16": 2, "F16": 2, "F32": 4}  # of the factors, with their bytes
 _TILE = (64, 2048)  # rows and columns of the sums in work: 1 MiB, which stays in the cache
 
 
@@ -43,7 +43,7 @@ class Product:
     @property
     def nbytes(self) -> int:
         """Bytes of the payload."""
-        return (self.rows + self.columns) * self.rank * DTYPES[self.dtype]
+        return (self.rows + self.columns) * self.rank * BYTES[self.dtype]
 
     def fill(self, payload: bytes | memoryview, first: int, out: np.ndarray) -> None:
         """Write the elements from ``first`` on, counted row by row, into ``out`` (1-D, float32).
@@ -63,7 +63,7 @@ class Product:
                 f"Corrupt low-rank payload: {memoryview(payload).nbytes} bytes, expected "
                 f"{self.nbytes}."
             )
-        patterns = np.frombuffer(payload, f"<u{DTYPES[self.dtype]}")
+        patterns = np.frombuffer(payload, f"<u{BYTES[self.dtype]}")
         cut = self.rows * self.rank
         return patterns[:cut].reshape(-1, self.rank), patterns[cut:].reshape(self.rank, -1)
 
@@ -106,10 +106,7 @@ class Product:
 
 def _wide(patterns: np.ndarray, dtype: str) -> np.ndarray:
     """A piece of a factor as float64."""
-    if dtype == "BF16":
-        floats = (patterns.astype(np.uint32) << 16).view(np.float32)
-    else:
-        floats = patterns.view(f"<f{DTYPES[dtype]}")
-    if not np.isfinite(floats).all():
+    values = floats(patterns, dtype)
+    if not np.isfinite(values).all():
         raise corrupt("Corrupt low-rank payload: a factor holds Inf or NaN.")
-    return floats.astype(np.float64)
+    return values.astype(np.float64)

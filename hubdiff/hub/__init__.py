@@ -12,15 +12,23 @@ from __future__ import annotations
 from huggingface_hub.errors import StrictDataclassError as BadConfigValue
 
 from hubdiff.hub.client import endpoint, repo_facts, require_token
+from hubdiff.hub.pointers import Pointers, create_tag, delete_tag, pointers
+from hubdiff.hub.search import Found, find_models
 from hubdiff.hub.tree import HubTree
 from hubdiff.hub.upload import Commit, HubUpload
 
 __all__ = [
     "BadConfigValue",
     "Commit",
+    "Found",
     "HubTree",
     "HubUpload",
+    "Pointers",
+    "create_tag",
+    "delete_tag",
     "endpoint",
+    "find_models",
+    "pointers",
     "repo_facts",
     "require_token",
 ]

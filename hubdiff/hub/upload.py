@@ -186,9 +186,8 @@ class HubUpload:
             info = model_info(self.repo, self._revision)
         if private and not info.private:
             raise HubConflict(
-                f"{self.repo} exists and is public, and --private asks for a private repo",
-                next_step="Make it private in its settings, choose another name, or drop "
-                "--private.",
+                f"{self.repo} exists and is public, and this belongs into a private repo",
+                next_step="Make it private in its settings, choose another name, or say --public.",
             )
         return self._at(info.sha)
 

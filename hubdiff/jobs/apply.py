@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from hubdiff._version import __version__
 from hubdiff.card import result_card
 from hubdiff.checkpoint import MANIFEST
-from hubdiff.errors import RefError, WrongBase
-from hubdiff.facts import RepoFacts, facts, facts_in, note_problems
+from hubdiff.errors import NotAdvised, RefError, WrongBase
+from hubdiff.facts import RepoFacts, facts, facts_in, keeps_private, note_problems
 from hubdiff.hashing import hash_bytes
+from hubdiff.jobs.advice import advice
 from hubdiff.jobs.merging import DeltaRef, choose_device, method_of, opened_models, run_plan
 from hubdiff.jobs.record import result_message, result_record
 from hubdiff.jobs.together import conclude, glimpse, hand_in, publish
@@ -33,6 +34,8 @@ from hubdiff.progress import Progress, Silent
 from hubdiff.ranks import ALONE, Ranks
 from hubdiff.refs import ModelRef
 from hubdiff.scales import Scales
+from hubdiff.signing import Trust, check_signature
+from hubdiff.verdict import GO, REFUSE, Verdict
 from hubdiff.writer import RESULT, Sink, open_sink, output_folder
 
 RECORD = RESULT.marker
@@ -86,8 +89,10 @@ def apply(
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     private: bool = False,
+    public: bool = False,
     pr: bool = False,
     force: bool = False,
+    signature: Trust | None = None,
     cache: bool = False,
     dry_run: bool = False,
     command: Sequence[str] | None = None,
@@ -111,7 +116,12 @@ def apply(
         seed: of the draw of ``dare``; 0 unless given.
         device: ``auto`` (CUDA where there is one, else CPU), ``cpu``, ``cuda[:N]``, ``mps``.
         include, exclude: globs on the delta's tensor names.
-        force: replace what stands at ``output`` or ``push_to``.
+        force: replace what stands at ``output`` or ``push_to``; also make a result that ``check``
+            refuses.
+        private: make the repo private, if it is new.
+        public: make it public also where the target or a delta is gated or private, or a base or
+            tuned model was when the delta was made. Without it such a result is private.
+        signature: whose signature every delta must have (``hubdiff.signing.Trust``).
         cache: keep what is downloaded in the local Hub cache.
         command: the command line, for the record and the card.
         ranks: the processes that share the work, each of which makes this call: under torchrun,
@@ -126,11 +136,16 @@ def apply(
     filters = Filters.of(include, exclude)
     # A dry run reads no weights: it must not fill the cache with them either.
     with opened_models(delta, to, cache and not dry_run, ranks) as (opened, target):
+        if signature is not None:
+            for item in opened:
+                check_signature(item.delta.tree, signature)
         plan = make_plan(opened, target, scale=scales, method=merging, filters=filters)
         if dry_run:
             return Applied(plan.as_json(), True, str(destination))
         watched = ranks.watched(progress or Silent())
-        job = _Apply(destination, filters, device, private, pr, force, command, watched, ranks)
+        job = _Apply(
+            destination, filters, device, private, public, pr, force, command, watched, ranks
+        )
         applied = run_plan(plan, filters, job.run)
     return replace(applied, seconds=time.monotonic() - began)
 
@@ -174,6 +189,7 @@ class _Apply:
     filters: Filters
     device: str
     private: bool
+    public: bool
     pr: bool
     force: bool
     command: Sequence[str] | None
@@ -183,6 +199,7 @@ class _Apply:
     def run(self, plan: MergePlan) -> Applied:
         self.ranks.agree("the plan", lambda: _fingerprint(plan, self.filters))
         self.progress.note(plan.reason)
+        verdict = self._advise(plan)
         cards = _read_cards(plan, self.progress)
         device = choose_device(self.device, self.ranks)
         with open_sink(
@@ -191,14 +208,43 @@ class _Apply:
             reads=(*(item.delta.tree for item in plan.deltas), plan.target.tree),
             run=_run_name(plan, self.filters),
             force=self.force,
-            private=self.private,
+            private=self._private(plan),
             pr=self.pr,
             ranks=self.ranks,
         ) as sink:
             files = self._merge(plan, sink, device)
-            applied = self._finish(plan, sink, files, cards) if self.ranks.first else None
+            applied = None
+            if self.ranks.first:
+                applied = self._finish(plan, sink, files, cards, verdict)
         done = conclude(self.ranks, applied and asdict(applied), "finishing the result")
         return Applied.from_json(done)
+
+    def _private(self, plan: MergePlan) -> bool:
+        trees = (plan.target.tree, *(item.delta.tree for item in plan.deltas))
+        known = [facts(tree) for tree in trees]
+        for item in plan.deltas:
+            sides = (item.delta.manifest.base, item.delta.manifest.tuned)
+            known += [RepoFacts(gated=side.gated) for side in sides]
+        return keeps_private(known, self.destination, self.private, self.public, self.progress)
+
+    def _advise(self, plan: MergePlan) -> Verdict | None:
+        """Compare the target with the base of every delta, on rank 0. Raises ``NotAdvised`` where
+        the result would be noise, unless it is forced."""
+        if self.destination.repo is not None and plan.looks:
+            from hubdiff.hub import require_token
+
+            require_token()  # before anything is read for it
+        verdict = advice(plan) if self.ranks.first else None
+        if verdict is not None and verdict.level != GO:
+            if verdict.level == REFUSE and not self.force:
+                raise NotAdvised(
+                    f"not put on {plan.target.tree.pin}: {verdict.why}",
+                    next_step="hubdiff check DELTA --to TARGET shows every number; --force makes "
+                    "the result all the same.",
+                )
+            self.progress.note(f"{verdict.level}: {verdict.why}")
+        self.ranks.broadcast(None, "comparing the target with the delta's base")
+        return verdict
 
     def _merge(self, plan: MergePlan, sink: Sink, device: str) -> list[WrittenFile]:
         """Every file of the plan, made by whoever has it in his share. Raises ``WrongBase`` on all
@@ -243,10 +289,16 @@ class _Apply:
         return shared, [file for file in files if file not in large]
 
     def _finish(
-        self, plan: MergePlan, sink: Sink, files: list[WrittenFile], cards: Cards
+        self,
+        plan: MergePlan,
+        sink: Sink,
+        files: list[WrittenFile],
+        cards: Cards,
+        verdict: Verdict | None,
     ) -> Applied:
         """Describe the result and publish it."""
-        files += self._describe(plan, sink, files, cards)
+        record = result_record(plan, self.filters, self.command, files, verdict)
+        files += self._describe(plan, sink, record, cards)
         published = publish(self.ranks, sink, result_message(plan))
         return Applied(
             plan.as_json(),
@@ -259,10 +311,9 @@ class _Apply:
         )
 
     def _describe(
-        self, plan: MergePlan, sink: Sink, files: list[WrittenFile], cards: Cards
+        self, plan: MergePlan, sink: Sink, record: dict[str, Any], cards: Cards
     ) -> list[WrittenFile]:
         """The record, and a card unless the tuned repo's own README came back."""
-        record = result_record(plan, self.filters, self.command, files)
         described: list[WrittenFile] = [
             sink.put(RECORD, (json.dumps(record, indent=2) + "\n").encode())
         ]

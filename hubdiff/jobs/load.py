@@ -210,7 +210,8 @@ def _load_by_folder(
     folder = tempfile.TemporaryDirectory(prefix="hubdiff-")
     try:
         merged = Path(folder.name, "model")
-        apply(delta, target, output=merged, **how)
+        # Whether it is worth it nobody asks here either: a model in memory is for trying.
+        apply(delta, target, output=merged, force=True, **how)
         model: PreTrainedModel = model_class(merged).from_pretrained(
             merged, **{**wanted, "trust_remote_code": False}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import time
@@ -11,17 +12,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hubdiff._version import __version__
 from hubdiff.adapter import CONFIG, Adapter, is_adapter, open_adapter, place_adapter
 from hubdiff.card import PICTURE, delta_card
 from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_json
 from hubdiff.errors import CannotDiff, NotWorthIt, RefError
 from hubdiff.extract import Extracted, extract
-from hubdiff.facts import facts, note_problems
+from hubdiff.facts import facts, keeps_private, note_problems
 from hubdiff.files import FileTree
+from hubdiff.floats import BYTES
 from hubdiff.hashing import check_hash, hash_bytes
 from hubdiff.jobs.together import conclude, glimpse, hand_in, open_alike, publish
-from hubdiff.lineage import code_provenance
 from hubdiff.manifest import (
     FileRecord,
     Lossy,
@@ -34,11 +37,16 @@ from hubdiff.manifest import (
 from hubdiff.pair import HEADS, Filters, Pair, pair_models
 from hubdiff.picture import layer_picture, prepare
 from hubdiff.progress import Progress, Silent
+from hubdiff.provenance import code_provenance
 from hubdiff.ranks import ALONE, Ranks
 from hubdiff.refs import ModelRef
+from hubdiff.sample import FILE as SAMPLE
+from hubdiff.sample import Sample, choose, encode
 from hubdiff.sidecars import NotCarried as StaysBehind
 from hubdiff.sidecars import classify
 from hubdiff.summary import percent, size_text
+from hubdiff.vocab import FILE as VOCABULARY
+from hubdiff.vocab import pack, vocabulary_of
 from hubdiff.writer import DELTA, Published, Sink, open_sink
 
 if TYPE_CHECKING:
@@ -111,6 +119,7 @@ def push_delta(
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
     private: bool = False,
+    public: bool = False,
     pr: bool = False,
     force: bool = False,
     cache: bool = False,
@@ -132,6 +141,9 @@ def push_delta(
             share (between 0 and 1) of each matrix's ‖Δ‖². Smaller and lossy: such a delta adds and
             rebuilds nothing; the error is measured and recorded. One whole matrix is in memory.
         include, exclude: globs on base tensor names. Such a delta can't rebuild ``tuned``.
+        private: make the repo private, if it is new.
+        public: make it public also where base or tuned is gated or private. Without it such a
+            delta is private, since whoever reads it has part of what was gated.
         force: replace a folder that exists; publish a delta that is hardly smaller than the model.
         cache: keep what is downloaded in the local Hub cache.
         ranks: the processes that share the work, each of which makes this call: under torchrun,
@@ -179,7 +191,9 @@ def push_delta(
         for note in adapter.notes if adapter else ():
             progress.note(note)
         reads = [checkpoint.tree for checkpoint in (one, other, master) if checkpoint]
-        note_problems([facts(tree) for tree in reads], progress)
+        known = [facts(tree) for tree in reads]
+        note_problems(known, progress)
+        private = keeps_private(known, destination, private, public, progress)
         with open_sink(
             destination, DELTA, reads=reads, force=force, private=private, pr=pr, ranks=ranks
         ) as sink:
@@ -325,6 +339,7 @@ class _Push:
         self._pair, self._adapter, self._sink = pair, adapter, sink
         self._destination, self._progress = destination, progress
         self._ranks = ranks
+        self._sample = _choose_sample(pair, adapter)
         self.files: list[FileRecord] = []
 
     def run(self, plain: bool, truncation: Truncation | None, force: bool) -> Manifest | None:
@@ -349,6 +364,8 @@ class _Push:
         """All that is no layer: side files, card and picture, and the manifest last."""
         if extracted.weight_map:
             self._put(DELTA_INDEX, _index(extracted))
+        self._put(SAMPLE, _sample_file(self._sample, extracted))
+        self._put_vocabulary()
         tuned_files, not_carried = self._tuned_side_files()
         self._base_configs()
         manifest = replace(self._manifest(extracted, tuned_files, not_carried), lossy=lossy)
@@ -367,6 +384,7 @@ class _Push:
                 pair,
                 folder,
                 plain=plain,
+                sample=self._sample,
                 progress=progress,
                 ranks=self._ranks,
                 meanwhile=prepare if self._ranks.first else None,
@@ -375,14 +393,23 @@ class _Push:
         from hubdiff.factored import extract_adapter, extract_truncated
 
         if self._adapter is not None:
-            return extract_adapter(self._adapter, folder, progress), None
+            return extract_adapter(self._adapter, folder, self._sample, progress), None
         assert truncation is not None
-        return extract_truncated(pair, folder, truncation, progress)
+        return extract_truncated(pair, folder, truncation, self._sample, progress)
 
     def _put(self, path: str, data: bytes) -> FileRecord:
         record = self._sink.put(path, data)
         self.files.append(record)
         return record
+
+    def _put_vocabulary(self) -> None:
+        """Which token stands for which row of the tuned model: an adapter's repo often has no
+        tokenizer, and then its rows are those of the base."""
+        trees = (self._pair.tuned.tree, self._pair.base.tree)
+        found = [vocabulary_of(tree) for tree in (trees if self._adapter else trees[:1])]
+        known = next((vocabulary for vocabulary in found if vocabulary), None)
+        if known is not None:
+            self._put(VOCABULARY, pack(known))
 
     def _tuned_side_files(self) -> tuple[list[TunedFile], list[NotCarried]]:
         """Store what tuned has besides its weights, unless the base has the very same file. An
@@ -441,11 +468,13 @@ class _Push:
             side_files=tuple(
                 record
                 for record in self.files
-                if record.path.startswith(("tuned/", "base/")) or record.path == DELTA_INDEX
+                if record.path.startswith(("tuned/", "base/"))
+                or record.path in (DELTA_INDEX, SAMPLE, VOCABULARY)
             ),
             rename=pair.rename,
             aliases=_aliases(extracted.tensors),
             adapter=self._adapter.tensors if self._adapter else None,
+            sample=self._sample,
             not_portable_reason=pair.not_portable_reason,
             filters=asdict(pair.filters) if pair.filters else None,
             master=_side(pair.master) if pair.master else None,
@@ -521,6 +550,25 @@ def _aliases(records: Sequence[TensorRecord]) -> dict[str, str]:
                 aliases[head.name] = other.name
                 break
     return aliases
+
+
+def _choose_sample(pair: Pair, adapter: Adapter | None) -> Sample:
+    """The blocks of every tensor that has a Δ of numbers."""
+    bases = (
+        {name: factors.base.entry for name, factors in adapter.factors.items()} if adapter else {}
+    )
+    bases |= {p.name: p.base.entry for p in pair.tensors.values() if p.base and p.is_float}
+    dtypes = {entry.dtype for entry in bases.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
+    return choose({name: entry.count for name, entry in bases.items()}, dtype)
+
+
+def _sample_file(sample: Sample, extracted: Extracted) -> bytes:
+    values = [extracted.sampled[name] for name in sample.blocks]
+    base = b"".join(base64.b64decode(one.base) for one in values)
+    delta = b"".join(base64.b64decode(one.delta) for one in values)
+    patterns = np.frombuffer(base, f"<u{BYTES[sample.dtype]}"), np.frombuffer(delta, "<u2")
+    return encode(sample, *patterns)
 
 
 def _index(extracted: Extracted) -> bytes:

@@ -14,6 +14,7 @@ from hubdiff.hashing import hash_bytes
 from hubdiff.manifest import WrittenFile
 from hubdiff.pair import Filters
 from hubdiff.plan import OWN_BASE, MergePlan, Weighted, WholeFile
+from hubdiff.verdict import Verdict
 
 
 def result_record(
@@ -21,9 +22,10 @@ def result_record(
     filters: Filters,
     command: Sequence[str] | None,
     files: Sequence[WrittenFile],
+    verdict: Verdict | None,
 ) -> dict[str, Any]:
     """What goes into the file of a result that says how it was made; ``files`` are those written
-    here, with their hashes."""
+    here, with their hashes, ``verdict`` that on the target (None: on the own base)."""
     target, described = facts(plan.target.tree), plan.as_json()
     return {
         "hubdiff_version": __version__,
@@ -32,6 +34,7 @@ def result_record(
         "scale": described["scale"],
         "method": described["method"],
         "filters": asdict(filters) if filters else None,
+        "check": verdict and verdict.as_json(),
         "deltas": [_described(item) for item in plan.deltas],
         "target": {
             **_identity(plan.target.tree),

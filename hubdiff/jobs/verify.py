@@ -12,11 +12,13 @@ from hubdiff.delta import Delta, open_delta_tree
 from hubdiff.errors import IntegrityError, WrongBase
 from hubdiff.files import FileTree, open_tree
 from hubdiff.hashing import check_hash, hash_reader
+from hubdiff.jobs.chain import Link, check_chain
 from hubdiff.manifest import GROUPS, FileRecord, TensorRecord
 from hubdiff.plan import OWN_BASE, Weighted, make_plan
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.safetensors_io import TensorEntry, tensor_bytes
+from hubdiff.signing import Trust, check_signature
 from hubdiff.stream import Block, run_ordered, spans_of, workers_for
 
 
@@ -25,14 +27,18 @@ class Verified:
     """What was checked; anything wrong is raised instead. ``files`` of the delta by sha256,
     ``tensors`` decoded and by blake3; ``base_tensors`` of the base by blake3; ``rebuilt`` files of
     the tuned repo made again from base and delta, byte for byte; ``tuned_files`` found to be those
-    the delta was made from. None: not asked, or not possible (``why``)."""
+    the delta was made from; ``sampled`` values of the base's sample; ``chain`` every link that was
+    followed; ``signed_by`` whom. None: not asked, or not possible (``why``)."""
 
     files: int
     tensors: int
     base_tensors: int | None = None
     rebuilt: int | None = None
     tuned_files: int | None = None
+    sampled: int | None = None
     why: str | None = None
+    chain: tuple[Link, ...] | None = None
+    signed_by: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -43,6 +49,8 @@ def verify(
     *,
     base: str | Path | None = None,
     tuned: str | Path | None = None,
+    chain: bool = False,
+    signature: Trust | None = None,
     cache: bool = False,
     progress: Progress | None = None,
 ) -> Verified:
@@ -54,13 +62,18 @@ def verify(
         base: also rebuild every file of the tuned repo, in memory, and compare the sha256.
         tuned: also compare the files of this model with those the delta was made from. With
             ``base`` that proves the rebuild equal to it in every bit.
+        chain: also follow the pins: where the base is a result of hubdiff, its deltas and its
+            target, and theirs, each compared with what was recorded.
+        signature: also check who signed the delta (``hubdiff.signing.Trust``); goes first.
     """
     progress = progress or Silent()
     with ExitStack() as stack:
         opened = stack.enter_context(open_delta_tree(open_tree(ModelRef.parse(delta), cache=cache)))
+        if signature is not None:
+            check_signature(opened.tree, signature)
         files = _check_files(opened, progress)
         tensors = _check_payloads(opened, progress)
-        base_tensors = rebuilt = tuned_files = why = None
+        base_tensors = rebuilt = tuned_files = why = sampled = links = None
         if tuned is not None:
             tuned_files = _check_tuned(opened, open_tree(ModelRef.parse(tuned), cache=cache))
         if base is not None:
@@ -71,7 +84,11 @@ def verify(
                 base_tensors = _check_base(opened, target)
             else:
                 base_tensors, rebuilt = _rebuild(opened, target, progress)
-    return Verified(files, tensors, base_tensors, rebuilt, tuned_files, why)
+            sampled = _check_sample(opened, target)
+        if chain:
+            links = tuple(check_chain(opened, progress))
+    by = str(signature) if signature else None
+    return Verified(files, tensors, base_tensors, rebuilt, tuned_files, sampled, why, links, by)
 
 
 def _check_files(delta: Delta, progress: Progress) -> int:
@@ -152,6 +169,23 @@ def _check_base(delta: Delta, base: Checkpoint) -> int:
                 next_step="Give the very base that the delta was made from.",
             )
     return len(records)
+
+
+def _check_sample(delta: Delta, base: Checkpoint) -> int | None:
+    """The base's values in the sample; on a base they are its own, so nothing has moved."""
+    from hubdiff.forecast import Look, look
+
+    names = {n: n for n in delta.records if n in base.tensors}
+    at = Look.of(delta, base, names)
+    if at is None:
+        return None
+    found = look(at)
+    if found.total.moved:
+        raise IntegrityError(
+            f"{delta.tree.pin}: the sample has other values than the base {base.tree.pin}",
+            next_step="A forecast from it is wrong; ask the delta's author to push it again.",
+        )
+    return found.elements
 
 
 def _rebuild(delta: Delta, base: Checkpoint, progress: Progress) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """Is the target the delta's own base? Decided by content, never by name.
 
-First by the sha256 that the Hub lists for the base's weight files. Where nothing is listed, or the
-weights were saved anew, by the first bytes of the tensors: one that differs settles it. When all
-agree the rebuild goes ahead and every tensor's whole fingerprint is checked as it is read.
+First by its pin, a commit that the Hub gives to one content only; then by the sha256 that the Hub
+lists for the base's weight files. Where nothing is listed, or the weights were saved anew, by the
+first bytes of the tensors: one that differs settles it. When all agree the rebuild goes ahead and
+every tensor's whole fingerprint is checked as it is read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from hubdiff.checkpoint import Checkpoint
 from hubdiff.delta import Delta
 from hubdiff.hashing import hash_bytes, tensor_hash
-from hubdiff.manifest import PROBE_BYTES, TensorRecord
+from hubdiff.manifest import PROBE_BYTES, Side, TensorRecord
+from hubdiff.refs import PinnedRef
 
 # A tensor costs one request on the Hub; sixteen spread over the model tell any two models apart.
 REMOTE_PROBES = 16
@@ -43,12 +45,19 @@ def recognise(delta: Delta, target: Checkpoint) -> Verdict:
             return Verdict(False, True, f"it has no tensor {record.name}")
         if (placed.entry.dtype, placed.entry.shape) != (record.base_dtype, record.shape):
             return Verdict(False, True, f"{record.name} has another dtype or shape")
+    if same_pin(delta.manifest.base, target.tree.pin):
+        return Verdict(True, True, "it is the very commit that the delta was made from")
     if _same_files(delta, target):
         return Verdict(True, True, "its weight files have the base's sha256")
     for record in _probes(records, target):
         if not _probe_matches(record, target):
             return Verdict(False, True, f"{record.name} differs from the base's")
     return Verdict(True, False, "its tensors have the base's fingerprints")
+
+
+def same_pin(base: Side, pin: PinnedRef) -> bool:
+    """Whether ``pin`` is the commit that a manifest names."""
+    return base.repo is not None and (base.repo, base.commit) == (pin.repo, pin.commit)
 
 
 def _missing_side_file(delta: Delta, target: Checkpoint) -> str | None:

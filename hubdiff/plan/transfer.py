@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from hubdiff.checkpoint import INDEX, Checkpoint, Placed
 from hubdiff.configs import quantised, tied
 from hubdiff.errors import CannotApply, NamesMismatch, NotPortable
+from hubdiff.forecast import Look
 from hubdiff.manifest import TensorRecord
 from hubdiff.names import Match, Rename, match_names
 from hubdiff.pair import EMBEDDINGS, FLOATS, HEADS, Filters, check_shapes
@@ -75,6 +76,7 @@ def transfer_plan(
         added=tuple(added),
         kept=_kept(parts, target),
         method=method,
+        looks=tuple(part.look for part in parts if part.look),
     )
 
 
@@ -82,13 +84,15 @@ def transfer_plan(
 class Contribution:
     """What one delta does to the target: its terms by the name of the target's tensor, and those of
     the tensors that only its tuned model has by the name they get. ``known`` are the names that the
-    tuned model has a counterpart of; None where that is not known."""
+    tuned model has a counterpart of; None where that is not known. ``look`` is how the target is
+    compared with its base; None where that can't be."""
 
     item: Weighted
     terms: dict[str, Term]
     added: dict[str, Term]
     known: frozenset[str] | None
     notes: tuple[str, ...]
+    look: Look | None
 
 
 def _together(parts: Sequence[Contribution]) -> dict[str, tuple[Term, ...]]:
@@ -170,7 +174,9 @@ class Transfer:
         added = self._added(match.rename)
         complete = self.delta.manifest.complete
         known = frozenset({*match.pairs.values(), *added}) if complete else None
-        return Contribution(self.item, terms, added, known, tuple(self.notes))
+        acts = {term.record.name: name for name, term in reversed(terms.items()) if term.factor}
+        look = Look.of(self.delta, self.target, acts)
+        return Contribution(self.item, terms, added, known, tuple(self.notes), look)
 
     def _match(self) -> Match:
         """Target names for the names of the base."""

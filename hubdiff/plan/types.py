@@ -11,6 +11,7 @@ from hubdiff.checkpoint import Checkpoint, Placed
 from hubdiff.delta import Delta
 from hubdiff.encodings.payload import index_bytes
 from hubdiff.errors import BadManifest, CannotApply
+from hubdiff.forecast import Look
 from hubdiff.manifest import Part, TensorRecord
 from hubdiff.safetensors_io import Header, TensorEntry
 from hubdiff.scales import LARGEST_FLOAT32, Scales
@@ -156,7 +157,8 @@ class WholeFile:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """``method`` None: one delta, added exactly."""
+    """``method`` None: one delta, added exactly. ``looks`` are read before the run, to tell how far
+    the target lies from the base of each delta."""
 
     case: str
     reason: str
@@ -171,13 +173,16 @@ class MergePlan:
     added: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     method: Method | None = None
+    looks: tuple[Look, ...] = ()
 
     @property
     def reads(self) -> dict[str, int]:
-        """Bytes of weights and side files to read, by source. Headers and manifest, which planning
-        itself reads, are not among them; what is read twice counts twice."""
+        """Bytes of weights, samples and side files to read, by source. Headers and manifest, which
+        planning itself reads, are not among them; what is read twice counts twice."""
         target = sum(s.source.entry.nbytes for s in self._steps() if s.source)
+        target += sum(look.target_bytes for look in self.looks)
         delta = sum(step.delta_bytes for step in self._steps())
+        delta += sum(look.delta_bytes for look in self.looks)
         delta += sum(nbytes for _, _, nbytes in self._trimmed())
         for file in self.files:
             target += file.size if file.origin == "target" else 0
@@ -202,7 +207,7 @@ class MergePlan:
             tree = file.delta.tree if file.delta else self.target.tree
             if file.source and tree.is_remote(file.source):
                 total += file.size
-        return total
+        return total + sum(look.network for look in self.looks)
 
     def _trimmed(self) -> Iterator[tuple[Term, Part, int]]:
         """What is read of each tensor to find the threshold of its Δ, before it is merged."""

@@ -159,7 +159,7 @@ def test_a_hubdiff_error_in_json(hubdiff: Run, family: Family) -> None:
             ["apply", "d", "--to", "t", "--output", "o", "--method", "ties", "--seed", "1"],
             "--seed goes with --method dare",
         ),
-        (["push-delta", "t", "./folder", "--private"], "--private need a repo"),
+        (["push-delta", "t", "./folder", "--private"], "--public need a repo"),
         (["unpack", "d"], "Missing option '--output'"),
     ],
 )

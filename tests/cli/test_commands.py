@@ -197,7 +197,7 @@ def test_inspect_shows_each_layer(hubdiff: Run, family: Family) -> None:
 def test_inspect_in_json(hubdiff: Run, family: Family) -> None:
     document = json.loads(hubdiff("inspect", family.delta, "--json").out)
     sizes = document["bytes"]
-    files = Path(family.delta).glob("*.safetensors")
+    files = Path(family.delta).glob("delta-*.safetensors")
     assert sizes["delta"] == sum(file.stat().st_size for file in files)
     assert sizes["delta"] == sizes["portable"] + sizes["exact"]
     assert document["portable"] is True
@@ -227,7 +227,7 @@ def test_verify_fails_on_one_wrong_byte(hubdiff: Run, family: Family, tmp_path: 
             copy = tmp_path / file.relative_to(family.delta)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(file.read_bytes())
-    layer = next(tmp_path.glob("*.safetensors"))
+    layer = next(tmp_path.glob("delta-*.safetensors"))
     data = bytearray(layer.read_bytes())
     data[-1] ^= 1
     layer.write_bytes(data)

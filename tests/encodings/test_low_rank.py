@@ -11,8 +11,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hubdiff.encodings.low_rank import DTYPES, Product
+from hubdiff.encodings.low_rank import Product
 from hubdiff.errors import CorruptPayload
+from hubdiff.floats import BYTES
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -49,7 +50,7 @@ def element(product: Product, factors: list[float], i: int, j: int) -> float:
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),
     rank=st.integers(1, 12),
-    dtype=st.sampled_from(sorted(DTYPES)),
+    dtype=st.sampled_from(sorted(BYTES)),
     scale=st.sampled_from([1.0, 2.0, 0.1, 16 / 3, -1.5, 0.0]),
     seed=st.integers(0, 2**32 - 1),
     spread=st.sampled_from([0, 1, 6, 25]),
@@ -98,7 +99,7 @@ def test_another_size_is_refused(size: int) -> None:
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 3])
-@pytest.mark.parametrize("dtype", sorted(DTYPES))
+@pytest.mark.parametrize("dtype", sorted(BYTES))
 def test_a_factor_that_is_no_number_is_refused(number: float, place: int, dtype: str) -> None:
     factors = torch.ones(4, dtype=TORCH[dtype])
     factors[place] = number

@@ -1,0 +1,306 @@
+"""The forecast: how far a target lies from a delta's base, told from the delta's sample.
+
+``Look`` says what is to be read of the target, ``look`` reads it and adds up. Every number is an
+estimate: each sampled element stands for the elements of its tensor that were not looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hubdiff import sample as sampling
+from hubdiff.anatomy import KINDS, place
+from hubdiff.checkpoint import Checkpoint, Placed
+from hubdiff.delta import Delta
+from hubdiff.errors import BadManifest
+from hubdiff.floats import BYTES, bf16, floats
+from hubdiff.hashing import check_hash, hash_bytes
+from hubdiff.payloads import DAMAGED
+from hubdiff.sample import Piece, Sample, Values
+from hubdiff.stream import Range, read_ranges, run_ordered, workers_for
+
+# Bytes that are read and thrown away rather than asked for with one more request.
+_GAP = 64 << 10
+
+
+class Moments(NamedTuple):
+    """Sums over elements, estimated: squares of base, target, Δ and target − base, the products of
+    base and target and of Δ and target − base, and the numbers of elements, of those that Δ
+    changes, and of those of them that the target rounds away again."""
+
+    base: float = 0.0
+    target: float = 0.0
+    delta: float = 0.0
+    moved: float = 0.0
+    base_target: float = 0.0
+    delta_moved: float = 0.0
+    elements: float = 0.0
+    changed: float = 0.0
+    eaten: float = 0.0
+
+    def plus(self, other: Moments, weight: float = 1.0) -> Moments:
+        return Moments(*(a + weight * b for a, b in zip(self, other, strict=True)))
+
+    @property
+    def cosine(self) -> float | None:
+        """Of base and target: 1 where they are the same, 0 where they have nothing in common."""
+        return _ratio(self.base_target, math.sqrt(self.base * self.target))
+
+    @property
+    def drift(self) -> float | None:
+        """‖target − base‖/‖base‖."""
+        return _ratio(math.sqrt(self.moved), math.sqrt(self.base))
+
+    @property
+    def reach(self) -> float | None:
+        """‖Δ‖/‖base‖."""
+        return _ratio(math.sqrt(self.delta), math.sqrt(self.base))
+
+    @property
+    def drift_over_delta(self) -> float | None:
+        """‖target − base‖/‖Δ‖."""
+        return _ratio(math.sqrt(self.moved), math.sqrt(self.delta))
+
+    @property
+    def along(self) -> float | None:
+        """The cosine of Δ and target − base: 1 where the target went the way of the tune itself,
+        −1 where it went back."""
+        return _ratio(self.delta_moved, math.sqrt(self.delta * self.moved))
+
+    @property
+    def rounded_away(self) -> float | None:
+        """The share of what Δ changes that is too small for the target's dtype there: rounded, the
+        sum is the target again."""
+        return _ratio(self.eaten, self.changed)
+
+    def as_json(self) -> dict[str, float | None]:
+        return {
+            "cosine": self.cosine,
+            "drift": self.drift,
+            "reach": self.reach,
+            "drift_over_delta": self.drift_over_delta,
+            "along": self.along,
+            "rounded_away": self.rounded_away,
+        }
+
+
+def _ratio(a: float, b: float) -> float | None:
+    return a / b if b and math.isfinite(a) and math.isfinite(b) else None
+
+
+class Row(NamedTuple):
+    """The tensors of one kind in one layer (None: outside the layers) of one stack."""
+
+    stack: str
+    layer: int | None
+    kind: str
+    moments: Moments
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """``total`` is that of all but the norms. ``tensors`` of the delta's sample were compared,
+    ``elements`` in all; ``read`` are the bytes read of the target. ``missing`` are tensors of the
+    sample that were not: the target has no like of them, or Δ does not act there."""
+
+    total: Moments
+    rows: tuple[Row, ...]
+    tensors: int
+    elements: int
+    read: int
+    missing: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **self.total.as_json(),
+            "sample": {
+                "tensors": self.tensors,
+                "elements": self.elements,
+                "bytes_read": self.read,
+                "missing": list(self.missing),
+            },
+            "layers": [
+                {"stack": r.stack, "layer": r.layer, "kind": r.kind, **r.moments.as_json()}
+                for r in self.rows
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is to be read to compare ``target`` with the base of ``delta``: its sample, and the
+    blocks of the target's tensors that ``partners`` names for those of the base."""
+
+    delta: Delta
+    sample: Sample
+    target: Checkpoint
+    partners: Mapping[str, Placed]
+
+    @classmethod
+    def of(cls, delta: Delta, target: Checkpoint, partners: Mapping[str, str]) -> Look | None:
+        """None for a delta without a sample, or where no tensor has a partner of its shape."""
+        found = delta.manifest.sample
+        if found is None:
+            return None
+        placed = {
+            name: target.tensors[other]
+            for name, other in partners.items()
+            if name in found.blocks
+            and target.tensors[other].entry.shape == delta.records[name].shape
+            and target.tensors[other].entry.dtype in BYTES
+        }
+        return cls(delta, found, target, placed) if placed else None
+
+    @cached_property
+    def requests(self) -> list[Request]:
+        """What is read of the target, in file order."""
+        pieces = [p for p in self.sample.pieces() if p.name in self.partners]
+        wanted = [(_range(piece, self.partners[piece.name]), piece) for piece in pieces]
+        wanted.sort(key=lambda item: item[0])
+        return list(_merged(wanted))
+
+    @property
+    def target_bytes(self) -> int:
+        return sum(request.range.nbytes for request in self.requests)
+
+    @property
+    def delta_bytes(self) -> int:
+        return self.delta.tree.files()[sampling.FILE].size
+
+    @property
+    def network(self) -> int:
+        """How many of those bytes cost traffic."""
+        remote = [r.range for r in self.requests if self.target.tree.is_remote(r.range.file)]
+        own = self.delta_bytes if self.delta.tree.is_remote(sampling.FILE) else 0
+        return own + sum(place.nbytes for place in remote)
+
+
+class Request(NamedTuple):
+    """One range of the target, and the pieces in it with their own ranges."""
+
+    range: Range
+    pieces: tuple[tuple[Range, Piece], ...]
+
+
+def _range(piece: Piece, placed: Placed) -> Range:
+    size = BYTES[placed.entry.dtype]
+    begin = placed.entry.begin + piece.first * size
+    return Range(placed.file, begin, begin + piece.count * size)
+
+
+def _merged(wanted: Sequence[tuple[Range, Piece]]) -> Iterable[Request]:
+    run: list[tuple[Range, Piece]] = []
+    for item in wanted:
+        if run and (item[0].file != run[-1][0].file or item[0].begin - run[-1][0].end > _GAP):
+            yield _request(run)
+            run = []
+        run.append(item)
+    if run:
+        yield _request(run)
+
+
+def _request(run: list[tuple[Range, Piece]]) -> Request:
+    return Request(Range(run[0][0].file, run[0][0].begin, run[-1][0].end), tuple(run))
+
+
+def read_sample(delta: Delta, sample: Sample) -> Values:
+    """The values that a delta keeps. Raises ``DeltaError`` or ``IntegrityError``."""
+    where = f"{delta.tree.pin}/{sampling.FILE}"
+    record = next((f for f in delta.manifest.side_files if f.path == sampling.FILE), None)
+    if record is None or record.path not in delta.tree.files():
+        raise BadManifest(f"{where} is missing, the manifest has a sample", next_step=DAMAGED)
+    data = delta.tree.read_bytes(sampling.FILE)
+    check_hash(hash_bytes(data), record.sha256, where)
+    return sampling.decode(sample, data, where)
+
+
+def look(at: Look) -> Forecast:
+    """Read the target's blocks and compare. Raises ``HubdiffError`` for a delta that is damaged."""
+    values, offsets = read_sample(at.delta, at.sample), _offsets(at.sample)
+    found: dict[str, Moments] = {}
+
+    def read(request: Request) -> memoryview:
+        return read_ranges(at.target, [request.range])[request.range]
+
+    def take(request: Request, view: memoryview) -> None:
+        for place_, piece in request.pieces:
+            start = place_.begin - request.range.begin
+            dtype = at.partners[piece.name].entry.dtype
+            patterns = np.frombuffer(view[start : start + place_.nbytes], f"<u{BYTES[dtype]}")
+            here = slice(offsets[piece], offsets[piece] + piece.count)
+            moments = _moments(
+                values.base[here], values.delta[here], floats(patterns, dtype), dtype
+            )
+            found[piece.name] = found.get(piece.name, Moments()).plus(moments)
+
+    requests = at.requests
+    remote = any(at.target.tree.is_remote(request.range.file) for request in requests)
+    run_ordered(requests, read, take, workers_for(remote=remote))
+    rows: dict[tuple[str, int | None, str], Moments] = {}
+    weights = at.sample.weights()
+    for name, moments in found.items():
+        rows[place(name)] = rows.get(place(name), Moments()).plus(moments, weights[name])
+    return Forecast(
+        _total(rows),
+        tuple(Row(*where, moments) for where, moments in sorted(rows.items(), key=_in_order)),
+        len(found),
+        int(sum(moments.elements for moments in found.values())),
+        sum(request.range.nbytes for request in requests),
+        tuple(name for name in at.sample.blocks if name not in at.partners),
+    )
+
+
+def _total(rows: Mapping[tuple[str, int | None, str], Moments]) -> Moments:
+    """Of everything but norms, unless there is nothing else. Norms start at 1 and stay near it in
+    every model: their few large numbers would make any two of them alike."""
+    chosen = [moments for (_, _, kind), moments in rows.items() if kind != "norm"]
+    total = Moments()
+    for moments in chosen or rows.values():
+        total = total.plus(moments)
+    return total
+
+
+def _in_order(item: tuple[tuple[str, int | None, str], Moments]) -> tuple[bool, str, int, int]:
+    (stack, layer, kind), _ = item
+    return layer is not None, stack, -1 if layer is None else layer, KINDS.index(kind)
+
+
+def _offsets(sample: Sample) -> dict[Piece, int]:
+    offsets, position = {}, 0
+    for piece in sample.pieces():
+        offsets[piece] = position
+        position += piece.count
+    return offsets
+
+
+def _moments(base: np.ndarray, delta: np.ndarray, target: np.ndarray, dtype: str) -> Moments:
+    """Of one block; what is infinite or no number on any side is left out."""
+    known = np.isfinite(base) & np.isfinite(delta) & np.isfinite(target)
+    b, d, t = (side[known].astype(np.float64) for side in (base, delta, target))
+    moved, changed = t - b, d != 0
+    with np.errstate(over="ignore"):  # an overflow is a change
+        eaten = changed & (_rounded(t + d, dtype) == t)
+    return Moments(
+        float(b @ b),
+        float(t @ t),
+        float(d @ d),
+        float(moved @ moved),
+        float(b @ t),
+        float(d @ moved),
+        float(len(b)),
+        float(np.count_nonzero(changed)),
+        float(np.count_nonzero(eaten)),
+    )
+
+
+def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """float64 values as the dtype has them."""
+    if dtype == "BF16":
+        return floats(bf16(values.astype(np.float32)), "BF16")
+    return values.astype(np.float16 if dtype == "F16" else np.float32)

@@ -1,0 +1,241 @@
+"""lineage: what a repo was made from, and what was made from it, as far as manifests, records and
+cards say."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from hubdiff.checkpoint import MANIFEST, read_json
+from hubdiff.errors import HubdiffError
+from hubdiff.facts import facts
+from hubdiff.files import FileTree, open_tree
+from hubdiff.graph import (
+    BASE_OF,
+    DELTA_IN,
+    NEW_VERSION,
+    TARGET_OF,
+    TUNED_OF,
+    Edge,
+    Graph,
+    Node,
+)
+from hubdiff.manifest import Manifest, Side, read_manifest
+from hubdiff.picture import group_by_layer
+from hubdiff.progress import Progress, Silent
+from hubdiff.refs import ModelRef
+from hubdiff.registry_tags import BASE_MODEL, TUNED_MODEL
+from hubdiff.summary import percent, size_text, summarise
+from hubdiff.writer import RESULT
+
+DEPTH, MOST_NODES = 6, 120
+_RELATIONS = ("finetune", "adapter", "merge", "quantized")
+
+
+def lineage(ref: str, *, depth: int = DEPTH, progress: Progress | None = None) -> Graph:
+    """The graph around a model, a delta or a result: upwards what it was made from, downwards what
+    was made from it, ``depth`` steps at most in either direction, 120 nodes in all.
+
+    Upwards a delta's manifest and a result's record name commits, a model's card only names;
+    downwards the Hub's tags tell who names a repo, and their manifests which commit of it. What
+    can't be read is a node with a problem. Raises ``HubdiffError`` where ``ref`` itself can't be.
+    """
+    walk = _Walk(depth, progress or Silent())
+    return walk.run(ModelRef.parse(ref))
+
+
+@dataclass
+class _Walk:
+    depth: int
+    progress: Progress
+    nodes: dict[str, Node] = field(default_factory=dict)
+    edges: dict[tuple[str, str, str], Edge] = field(default_factory=dict)
+    cut: bool = False
+
+    def run(self, ref: ModelRef) -> Graph:
+        tree = open_tree(ref)
+        root = _key(tree)
+        self._up(tree)
+        if tree.pin.repo is not None:
+            self._down(tree.pin.repo)
+        return Graph(root, self.nodes, tuple(self.edges.values()), self.cut)
+
+    # --- upwards ---
+
+    def _up(self, tree: FileTree) -> None:
+        self.nodes[_key(tree)], origins = _describe(tree)
+        waiting = deque((edge, 1) for edge in origins)
+        while waiting:
+            edge, steps = waiting.popleft()
+            if edge.relation == NEW_VERSION:
+                self._add(edge)
+                self._take_child(edge.made)
+            elif edge.origin in self.nodes:
+                self._add(edge)
+            elif steps > self.depth or len(self.nodes) >= MOST_NODES:
+                self.cut = True
+            else:
+                self._add(edge)
+                self.nodes[edge.origin], further = self._origin(edge)
+                waiting += ((one, steps + 1) for one in further)
+
+    def _origin(self, edge: Edge) -> tuple[Node, list[Edge]]:
+        """The origin of an edge, as it is at its pin. A folder's name can't be opened."""
+        if "/" not in edge.origin:
+            return Node(edge.origin, "model", local=True), []
+        try:
+            return _describe(open_tree(ModelRef(repo=edge.origin, revision=edge.commit, path=None)))
+        except HubdiffError as error:
+            return Node(edge.origin, "model", problem=str(error)), []
+
+    def _add(self, edge: Edge) -> None:
+        known = self.edges.get((edge.origin, edge.made, edge.relation))
+        if known is None or known.commit is None:
+            self.edges[edge.origin, edge.made, edge.relation] = edge
+
+    # --- downwards ---
+
+    def _down(self, repo: str) -> None:
+        waiting: deque[tuple[str, int]] = deque([(repo, 0)])
+        asked = set()
+        while waiting:
+            one, steps = waiting.popleft()
+            if one in asked:
+                continue
+            asked.add(one)
+            if steps >= self.depth:
+                self.cut = True
+                continue
+            for child in _children(one):
+                if len(self.nodes) >= MOST_NODES and child not in self.nodes:
+                    self.cut = True
+                    continue
+                self._take_child(child)
+                waiting.append((child, steps + 1))
+
+    def _take_child(self, child: str) -> None:
+        try:
+            tree = open_tree(ModelRef(repo=child, revision=None, path=None))
+            node, origins = _describe(tree)
+        except HubdiffError as error:
+            self.nodes.setdefault(child, Node(child, "model", problem=str(error)))
+            return
+        self.nodes.setdefault(child, node)
+        for edge in origins:
+            self.nodes.setdefault(edge.origin, Node(edge.origin, "model", "/" not in edge.origin))
+            self._add(edge)
+
+
+def _children(repo: str) -> Iterator[str]:
+    """The repos that say they were made from ``repo``."""
+    from hubdiff.hub import find_models
+
+    seen: set[str] = set()
+    for tag in (f"{BASE_MODEL}:{repo}", f"{TUNED_MODEL}:{repo}"):
+        for found in find_models([tag]):
+            if found.repo not in seen and found.repo != repo:
+                seen.add(found.repo)
+                yield found.repo
+
+
+def _key(tree: FileTree) -> str:
+    pin = tree.pin
+    return pin.repo or (pin.path.resolve().name if pin.path else "")
+
+
+def _describe(tree: FileTree) -> tuple[Node, list[Edge]]:
+    """A repo as a node, with the edges to what it was made from."""
+    key, files = _key(tree), tree.files()
+    said = facts(tree)
+    node = Node(
+        key,
+        "model",
+        tree.pin.repo is None,
+        tree.pin.commit,
+        said.licence,
+        said.gated,
+        problem=said.problem,
+    )
+    edges = list(_named_by_card(key, said.card_data))
+    if MANIFEST in files:
+        manifest = read_manifest(tree)
+        return _delta_node(node, manifest), [*_of_manifest(key, manifest), *_versions(edges)]
+    if RESULT.marker in files:
+        record = read_json(tree, RESULT.marker)
+        return _result_node(node, record), [*_of_record(key, record), *_versions(edges)]
+    return node, edges
+
+
+def _versions(edges: list[Edge]) -> list[Edge]:
+    """Of what a card names: the rest of it is in the manifest, with pins."""
+    return [edge for edge in edges if edge.relation == NEW_VERSION]
+
+
+def _named_by_card(key: str, card: dict[str, Any]) -> Iterator[Edge]:
+    bases = card.get("base_model")
+    listed = [bases] if isinstance(bases, str) else bases if isinstance(bases, list) else []
+    relation = card.get("base_model_relation")
+    word = relation if relation in _RELATIONS else "merge" if len(listed) > 1 else "finetune"
+    for base in listed:
+        if isinstance(base, str) and base != key:
+            yield Edge(base, key, word)
+    newer = card.get("new_version")
+    if isinstance(newer, str) and newer != key:
+        yield Edge(key, newer, NEW_VERSION)
+
+
+def _of_manifest(key: str, manifest: Manifest) -> list[Edge]:
+    return [
+        _edge(manifest.base, key, BASE_OF),
+        _edge(manifest.tuned, key, TUNED_OF),
+    ]
+
+
+def _edge(side: Side, made: str, relation: str) -> Edge:
+    return Edge(side.repo or side.name, made, relation, side.commit)
+
+
+def _of_record(key: str, record: dict[str, Any]) -> list[Edge]:
+    """A stranger wrote the record: what is no text in it is no edge."""
+    items = record.get("deltas")
+    deltas = items if isinstance(items, list) else []
+    sides = [(record.get("target"), TARGET_OF), *((item, DELTA_IN) for item in deltas)]
+    found = []
+    for side, relation in sides:
+        if not isinstance(side, dict):
+            continue
+        name, commit = side.get("repo") or side.get("name"), side.get("commit")
+        if isinstance(name, str):
+            pin = commit if isinstance(commit, str) else None
+            found.append(Edge(name, key, relation, pin))
+    return found
+
+
+def _delta_node(node: Node, manifest: Manifest) -> Node:
+    document = json.loads(manifest.to_json())
+    summary = summarise(document)
+    numbers = {"size": size_text(summary.delta_bytes)}
+    if summary.size_share is not None:
+        numbers["of the tuned weights"] = percent(summary.size_share)
+    if summary.unchanged_share is not None:
+        numbers["weights left as they were"] = percent(summary.unchanged_share)
+    if summary.relative_norm is not None:
+        numbers["‖Δ‖/‖base‖"] = percent(summary.relative_norm)
+    numbers["tensors"] = f"{summary.changed:,} changed, {summary.unchanged:,} unchanged"
+    numbers["made with"] = f"hubdiff {manifest.hubdiff_version}"
+    layers = tuple(asdict(row) for row in group_by_layer(document["tensors"]))
+    return replace(node, kind="delta", numbers=numbers, layers=layers)
+
+
+def _result_node(node: Node, record: dict[str, Any]) -> Node:
+    numbers = {}
+    for label, name in (("case", "case"), ("because", "reason"), ("scale", "scale")):
+        if record.get(name) is not None:
+            numbers[label] = str(record[name])
+    check = record.get("check")
+    if isinstance(check, dict):
+        numbers["check"] = str(check.get("verdict"))
+    return replace(node, kind="result", numbers=numbers)
