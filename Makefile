@@ -36,8 +36,8 @@ wheel: $(INSTALLED)
 	cd / && "$(CURDIR)/$(WHEEL_VENV)/bin/hubdiff" --version
 	cd / && "$(CURDIR)/$(WHEEL_VENV)/bin/python" "$(CURDIR)/tests/installed.py" "$(CURDIR)/$(WHEEL_VENV)"
 
-# Hours, 60 GB of disk and a quiet machine; each script takes --help. real_llm.py is apart: it needs
-# more packages.
+# Hours, 60 GB of disk and a quiet machine; each script takes --help. real_llm.py and
+# forecasts.py are apart: they need more packages.
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/startup.py --readme README.md
 	$(BIN)/python tests/benchmarks/encodings.py --readme README.md

@@ -18,7 +18,7 @@ sys.path.append(str(SCRIPTS))  # last: one of them is called like a package of P
 import harness  # noqa: E402
 import speed  # noqa: E402
 
-NAMES = ("encodings", "network", "real_llm", "sizes", "speed", "startup")
+NAMES = ("encodings", "forecasts", "network", "real_llm", "sizes", "speed", "startup")
 
 
 @pytest.mark.parametrize("name", NAMES)

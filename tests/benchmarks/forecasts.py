@@ -2,9 +2,9 @@
 
     python tests/benchmarks/forecasts.py --json forecasts.json --readme README.md
 
-Every line is a delta and a target. "off by" is the largest distance of the sampled estimate from
-the same number computed from every element: of the two cosines in absolute terms, of the three
-ratios of norms relative to them. "before → after" is the exact match on held-out examples of the
+Needs ``pip install gguf accelerate``, as real_llm.py. Every line is a delta and a target. "off by"
+is the largest distance of the sampled estimate from the same number computed from every element: of
+the two cosines in absolute terms, of the three ratios of norms relative to them. "before → after" is the exact match on held-out examples of the
 target alone and of target + Δ, where there is a task that tells: the toy family's
 (``hubdiff.toy_family``), trained here on the spot, with bases that were trained on and on. Others:
 the BERTs of the rxnfp wheel; SmolLM2-135M with a short SFT, on itself trained on with other text;
@@ -37,7 +37,7 @@ from hubdiff.summary import percent
 
 COSINES, NORMS = ("cosine", "along"), ("drift", "reach", "drift_over_delta")
 RXNFP, SILERO = "rxnfp==0.1.0", ("silero-vad==5.1", "silero-vad==6.0.0")
-SMOLLM_STEPS = 40
+SMOLLM_STEPS = 20
 # Targets of the toy family: seed of the start (None: from toy-v1), steps, learning rate.
 TOYS: dict[str, tuple[int | None, int, float]] = {
     "toy: 100 steps on": (None, 100, 6e-4),
@@ -210,7 +210,7 @@ def _jit_weights(archive: zipfile.ZipFile, folder: Path) -> dict[str, torch.Tens
     return {n: t.contiguous().clone() for n, t in state.items() if t.is_floating_point()}
 
 
-FAMILIES = (toys, berts, smollm, silero)
+FAMILIES = (toys, silero, berts, smollm)
 
 
 def measure(options: argparse.Namespace, others: Peers) -> Row:
