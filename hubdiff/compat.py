@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hubdiff.checkpoint import Checkpoint, read_json
+from hubdiff.checkpoint import Checkpoint
 from hubdiff.configs import quantised, tied
 from hubdiff.delta import Delta
 from hubdiff.errors import CannotApply
@@ -18,6 +18,7 @@ from hubdiff.licences import Side, conflicts
 from hubdiff.names import match_names
 from hubdiff.plan import OWN_BASE, MergePlan, Weighted, make_plan
 from hubdiff.plan.recognise import same_pin
+from hubdiff.plan.side_files import carried_json
 from hubdiff.vocab import FILE as VOCABULARY
 from hubdiff.vocab import (
     Files,
@@ -71,10 +72,15 @@ def compatibility(delta: Delta, target: Checkpoint) -> Compatibility:
         plan = make_plan([Weighted(delta)], target)
     except CannotApply as error:
         stop = error
-    findings = [*_Comparison(delta, target).findings(plan)]
+    findings = list(findings_on(delta, target, plan))
     if stop is not None:
         findings.append(Finding("plan", STOP, str(stop)))
     return Compatibility(tuple(findings), plan, stop)
+
+
+def findings_on(delta: Delta, target: Checkpoint, plan: MergePlan | None) -> list[Finding]:
+    """Every subject, compared. ``plan`` None: there can be none."""
+    return _Comparison(delta, target).findings(plan)
 
 
 class _Comparison:
@@ -155,8 +161,7 @@ class _Comparison:
         return Finding("tied weights", UNKNOWN if None in (ours, theirs) else DOUBT, text)
 
     def _config(self, side: str) -> Mapping[str, Any]:
-        path = f"{side}/config.json"
-        return read_json(self._delta.tree, path)
+        return carried_json(self._delta, f"{side}/config.json")
 
     def _architecture(self) -> Finding:
         ours, theirs = self._config("base"), self._target.config

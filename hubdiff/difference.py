@@ -149,7 +149,8 @@ def _compare(
         return _Piece(span, pair, changed, (0.0, 0.0, 0.0, 0.0))
     y, x = (floats(b, d) for b, d in zip(bits, dtypes, strict=True))
     differs = bits[0] != bits[1] if dtypes[0] == dtypes[1] else y != x
-    known = np.isfinite(x) & np.isfinite(y)
+    with np.errstate(over="ignore", invalid="ignore"):
+        known = np.isfinite(x) & np.isfinite(y) & np.isfinite(y - x)
     x, y = np.where(known, x, 0), np.where(known, y, 0)
     delta = y - x
     sums = (_dot(x, x), _dot(y, y), _dot(delta, delta), _dot(x, y))

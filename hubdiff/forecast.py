@@ -18,7 +18,7 @@ from hubdiff import sample as sampling
 from hubdiff.anatomy import KINDS, place
 from hubdiff.checkpoint import Checkpoint, Placed
 from hubdiff.delta import Delta
-from hubdiff.errors import BadManifest
+from hubdiff.errors import BadManifest, IntegrityError
 from hubdiff.floats import BYTES, bf16, floats
 from hubdiff.hashing import check_hash, hash_bytes
 from hubdiff.payloads import DAMAGED
@@ -27,12 +27,15 @@ from hubdiff.stream import Range, read_ranges, run_ordered, workers_for
 
 # Bytes that are read and thrown away rather than asked for with one more request.
 _GAP = 64 << 10
+# What a stranger's sample may ask for: of one request, of a target, and of its own file.
+_MOST_REQUEST, _MOST_READ, _MOST_FILE = 4 << 20, 64 << 20, 16 << 20
 
 
 class Moments(NamedTuple):
     """Sums over elements, estimated: squares of base, target, Δ and target − base, the products of
     base and target and of Δ and target − base, and the numbers of elements, of those that Δ
-    changes, and of those of them that the target rounds away again."""
+    changes, of those of them that the target rounds away again, and of those that are no finite
+    numbers on one side, which are in no other sum."""
 
     base: float = 0.0
     target: float = 0.0
@@ -43,6 +46,7 @@ class Moments(NamedTuple):
     elements: float = 0.0
     changed: float = 0.0
     eaten: float = 0.0
+    strange: float = 0.0
 
     def plus(self, other: Moments, weight: float = 1.0) -> Moments:
         return Moments(*(a + weight * b for a, b in zip(self, other, strict=True)))
@@ -116,9 +120,26 @@ class Forecast:
     read: int
     missing: tuple[str, ...]
 
+    @property
+    def cosine(self) -> float | None:
+        """Of base and target, of the whole or of the layers in the middle, whichever is lower: two
+        equal embeddings, which are large, do not make two models alike."""
+        rows = sorted(r.moments.cosine for r in self.rows if r.moments.cosine is not None)
+        found = [rows[(len(rows) - 1) // 2]] if rows else []
+        if self.total.cosine is not None:
+            found.append(self.total.cosine)
+        return min(found, default=None)
+
+    @property
+    def strange(self) -> float:
+        """The share of the sample that holds no finite numbers on one side."""
+        everything = self.total.elements + self.total.strange
+        return self.total.strange / everything if everything else 1.0
+
     def as_json(self) -> dict[str, Any]:
         return {
             **self.total.as_json(),
+            "strange": self.strange,
             "sample": {
                 "tensors": self.tensors,
                 "elements": self.elements,
@@ -155,7 +176,15 @@ class Look:
             and target.tensors[other].entry.shape == delta.records[name].shape
             and target.tensors[other].entry.dtype in BYTES
         }
-        return cls(delta, found, target, placed) if placed else None
+        at = cls(delta, found, target, placed)
+        if not any(found.blocks[name] for name in placed):
+            return None
+        if at.target_bytes > _MOST_READ:
+            raise BadManifest(
+                f"{delta.tree.pin}: the sample asks for {at.target_bytes:,} bytes of a target",
+                next_step=DAMAGED,
+            )
+        return at
 
     @cached_property
     def requests(self) -> list[Request]:
@@ -197,7 +226,11 @@ def _range(piece: Piece, placed: Placed) -> Range:
 def _merged(wanted: Sequence[tuple[Range, Piece]]) -> Iterable[Request]:
     run: list[tuple[Range, Piece]] = []
     for item in wanted:
-        if run and (item[0].file != run[-1][0].file or item[0].begin - run[-1][0].end > _GAP):
+        if run and (
+            item[0].file != run[-1][0].file
+            or item[0].begin - run[-1][0].end > _GAP
+            or item[0].end - run[0][0].begin > _MOST_REQUEST
+        ):
             yield _request(run)
             run = []
         run.append(item)
@@ -215,9 +248,33 @@ def read_sample(delta: Delta, sample: Sample) -> Values:
     record = next((f for f in delta.manifest.side_files if f.path == sampling.FILE), None)
     if record is None or record.path not in delta.tree.files():
         raise BadManifest(f"{where} is missing, the manifest has a sample", next_step=DAMAGED)
+    if delta.tree.files()[sampling.FILE].size > _MOST_FILE:
+        raise BadManifest(f"{where} is larger than any sample", next_step=DAMAGED)
     data = delta.tree.read_bytes(sampling.FILE)
     check_hash(hash_bytes(data), record.sha256, where)
     return sampling.decode(sample, data, where)
+
+
+def require_base(at: Look) -> int:
+    """Raise ``IntegrityError`` unless the base's values in the sample are those of ``at.target``,
+    bit by bit; how many they are."""
+    values, offsets = read_sample(at.delta, at.sample), _offsets(at.sample)
+    count = 0
+    for request in at.requests:
+        view = read_ranges(at.target, [request.range])[request.range]
+        for where, piece in request.pieces:
+            dtype = at.partners[piece.name].entry.dtype
+            start = where.begin - request.range.begin
+            patterns = np.frombuffer(view[start : start + where.nbytes], f"<u{BYTES[dtype]}")
+            kept = values.base[offsets[piece] : offsets[piece] + piece.count]
+            if not np.array_equal(floats(patterns, dtype).view(np.uint32), kept.view(np.uint32)):
+                raise IntegrityError(
+                    f"{at.delta.tree.pin}: the sample has other values of {piece.name} than "
+                    f"{at.target.tree.pin}",
+                    next_step="A forecast from it is wrong; ask the delta's author to push again.",
+                )
+            count += piece.count
+    return count
 
 
 def look(at: Look) -> Forecast:
@@ -296,6 +353,7 @@ def _moments(base: np.ndarray, delta: np.ndarray, target: np.ndarray, dtype: str
         float(len(b)),
         float(np.count_nonzero(changed)),
         float(np.count_nonzero(eaten)),
+        float(np.count_nonzero(~known)),
     )
 
 

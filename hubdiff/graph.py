@@ -15,9 +15,9 @@ NEW_VERSION = "new version"
 
 @dataclass(frozen=True)
 class Node:
-    """``key`` is the repo, or the name of a folder, which ``local`` says. ``kind`` is ``model``,
-    ``delta`` or ``result``. ``numbers`` are label → text for people; ``layers`` ‖Δ‖/‖base‖ by
-    layer, of a delta. ``problem``: why no more is known of it."""
+    """``key`` is the repo, or the name of a folder (``folder_key``), which ``local`` says. ``kind``
+    is ``model``, ``delta`` or ``result``. ``numbers`` are label → text for people; ``layers``
+    ‖Δ‖/‖base‖ by layer, of a delta. ``problem``: why no more is known of it."""
 
     key: str
     kind: str
@@ -82,6 +82,15 @@ class Graph:
         }
 
 
+def folder_key(name: str) -> str:
+    """The key of an origin that is somebody's folder: no repo has a name like this."""
+    return f"{name} (folder)"
+
+
+def is_folder(key: str) -> bool:
+    return key.endswith(" (folder)")
+
+
 def short(commit: str | None) -> str:
     """A pin as people read it."""
     return f"@{commit[:7]}" if commit else ""
@@ -104,14 +113,15 @@ def _branches(
         last = number == len(edges) - 1
         key = edge.origin if up else edge.made
         pin = f" {short(edge.commit)}" if edge.commit else ""
-        again = key in seen
+        again = key in seen  # in all of the tree: cards may name everything many times over
+        seen.add(key)
         mark = " (see above)" if again else ""
         yield (f"{indent}{'└─' if last else '├─'} {edge.relation}: {_label(graph, key)}{pin}{mark}")
         if again:
             continue
         further = graph.origins(key) if up else graph.made(key)
         yield from _branches(
-            graph, further, up=up, indent=indent + ("   " if last else "│  "), seen={*seen, key}
+            graph, further, up=up, indent=indent + ("   " if last else "│  "), seen=seen
         )
 
 
@@ -137,7 +147,8 @@ def mermaid(graph: Graph) -> str:
 
 
 def _quoted(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    plain = "".join(char if char.isprintable() else " " for char in text)
+    return plain.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 
 
 def dot(graph: Graph) -> str:

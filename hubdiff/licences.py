@@ -160,7 +160,7 @@ def conflicts(sides: Sequence[Side]) -> list[str]:
                     f"{other} is under {second}, which makes some"
                 ] = None
     families = {_family(licence): (name, licence) for name, licence in known if _family(licence)}
-    if len(families) > 1:
+    if len({name for name, _ in families.values()}) > 1:
         each = _and([f"the {name} ({licence})" for name, licence in families.values()])
         found[f"{each} each want what is made of them under their own licence"] = None
     return list(found)

@@ -7,6 +7,8 @@ file of the delta, ``hubdiff.sig``, a Sigstore bundle that model-signing's own c
 
 from __future__ import annotations
 
+import base64
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import Any
 from hubdiff.checkpoint import MANIFEST
 from hubdiff.errors import BadSignature, HubdiffError
 from hubdiff.files import FileTree
+from hubdiff.hashing import hash_bytes
 
 SIGNATURE = "hubdiff.sig"
 ISSUER = "https://github.com/login/oauth"
@@ -55,7 +58,7 @@ def sign_manifest(data: bytes, *, key: str | Path | None, password: str | None =
         path = _readable(key) if key is not None else None
         try:
             if path is not None:
-                secret = password.encode() if password else None
+                secret = password.encode() if password and _is_locked(path) else None
                 config.use_elliptic_key_signer(private_key=path, password=secret)
             else:
                 config.use_sigstore_signer(use_ambient_credentials=True)
@@ -84,19 +87,32 @@ def check_signature(tree: FileTree, trust: Trust) -> None:
     files = {MANIFEST: tree.read_bytes(MANIFEST)}
     with _library() as library, _staged(files) as folder:
         signature = folder.parent / SIGNATURE
-        signature.write_bytes(tree.read_bytes(SIGNATURE))
-        config = library.verifying.Config().set_ignore_unsigned_files(True)
-        if trust.key is not None:
-            config.use_elliptic_key_verifier(public_key=_readable(trust.key))
-        else:
-            config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.issuer)
+        bundle = tree.read_bytes(SIGNATURE)
+        signature.write_bytes(bundle)
+        key = _readable(trust.key) if trust.key is not None else None
         try:
+            config = library.verifying.Config()
+            if key is not None:
+                config.use_elliptic_key_verifier(public_key=key)
+            else:
+                config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.issuer)
             config.verify(folder, signature)
+            _check_signed(bundle, files[MANIFEST])
         except Exception as error:  # of four libraries, whose common class this is
             raise BadSignature(
                 f"{where} is not signed by {trust}: {_said(error)}",
                 next_step="Do not use it before you know why: ask its author.",
             ) from error
+
+
+def _check_signed(bundle: bytes, manifest: bytes) -> None:
+    """What was signed is this manifest and nothing else. The library takes from the signature which
+    files it is to leave out: one of no files, or of others, would vouch for anything."""
+    envelope = json.loads(bundle)["dsseEnvelope"]
+    resources = json.loads(base64.b64decode(envelope["payload"]))["predicate"]["resources"]
+    signed = [(one["name"], one["algorithm"], one["digest"]) for one in resources]
+    if signed != [(MANIFEST, "sha256", hash_bytes(manifest))]:
+        raise ValueError(f"mismatch: what was signed is not {MANIFEST} as it is")
 
 
 def _said(error: Exception) -> str:
@@ -126,6 +142,11 @@ def _staged(files: dict[str, bytes]) -> Iterator[Path]:
         for path, data in files.items():
             (folder / path).write_bytes(data)
         yield folder
+
+
+def _is_locked(key: Path) -> bool:
+    """Whether a PEM file asks for a password."""
+    return b"ENCRYPTED" in key.read_bytes()
 
 
 def _readable(key: str | Path) -> Path:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hubdiff.forecast import Forecast
+from hubdiff.summary import percent
 
 GO, DOUBTFUL, REFUSE = "go", "doubtful", "refuse"
 _RANKS = (GO, DOUBTFUL, REFUSE)
+_MOST_STRANGE = 0.001  # of a sample: a model that works has none, or a few
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,15 @@ THRESHOLDS = (
         "Of a skill that a toy family learnt, 99 % came along to a base trained on to a cosine of "
         "0.993, 45 % at 0.94 and 9 % at 0.81 (README, Forecasts). Models of equal shapes that have "
         "nothing in common (silero-vad 5.1 and 6.0) are near 0.2, and the sum of two is noise.",
+    ),
+    Threshold(
+        "drift",
+        0.6,
+        2.0,
+        False,
+        "the target's weights moved by {} of their norm since the delta's base",
+        "The same toy family: 99 % of the skill came along over a drift of 0.12, 45 % over 0.39, "
+        "9 % over 0.82 and none over 1.7. A cosine does not see a model whose weights are scaled.",
     ),
     Threshold(
         "along",
@@ -102,18 +113,22 @@ def judge(forecast: Forecast | None, others: Iterable[Reason] = ()) -> Verdict:
     """The verdict on a forecast (None: there is none) and on what else was found."""
     found = list(others)
     if forecast is None:
-        found.append(
-            Reason(DOUBTFUL, "the delta has no sample of what the target could be compared with")
-        )
+        found.append(Reason(DOUBTFUL, "no sample of the delta can be compared with the target"))
     else:
         found += _reasons(forecast)
     return Verdict(tuple(found))
 
 
 def _reasons(forecast: Forecast) -> Sequence[Reason]:
-    found = []
+    found: list[Reason] = []
+    if forecast.cosine is None:
+        found.append(Reason(DOUBTFUL, "the sample of the target has nothing to compare"))
+    if forecast.strange > _MOST_STRANGE:
+        text = f"{percent(forecast.strange)} of the sample are no finite numbers"
+        found.append(Reason(REFUSE if forecast.strange > 0.5 else DOUBTFUL, text))
     for threshold in THRESHOLDS:
-        value = getattr(forecast.total, threshold.number)
+        holder = forecast if threshold.number == "cosine" else forecast.total
+        value = getattr(holder, threshold.number)
         if value is None:
             continue
         level = threshold.verdict(value)

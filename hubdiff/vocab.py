@@ -62,7 +62,7 @@ def read_vocabulary(files: Files) -> Vocabulary | None:
             rows = parse(data)
             if path != "tokenizer.json":
                 rows |= _ids(json.loads(files("added_tokens.json") or b"{}"))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return None
         return _checked(rows)
     return None
@@ -79,7 +79,7 @@ def _tokenizer_json(data: bytes) -> dict[str, int]:
     document = json.loads(data)
     vocab = document["model"]["vocab"]
     if isinstance(vocab, list):  # Unigram: [token, score] by id
-        rows = {str(entry[0]): number for number, entry in enumerate(vocab)}
+        rows = {_text(entry[0]): number for number, entry in enumerate(vocab)}
     else:
         rows = _ids(vocab)
     added = document.get("added_tokens") or ()
@@ -87,15 +87,21 @@ def _tokenizer_json(data: bytes) -> dict[str, int]:
 
 
 def _vocab_txt(data: bytes) -> dict[str, int]:
-    lines = data.decode().splitlines()
-    return {token: number for number, token in enumerate(lines)}
+    lines = data.decode().removesuffix("\n").split("\n")  # a token may hold other line ends
+    return {token.removesuffix("\r"): number for number, token in enumerate(lines)}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no token")
+    return value
 
 
 def _ids(document: Any) -> dict[str, int]:
     for token, number in document.items():
         if type(number) is not int or not 0 <= number < 1 << 31:
             raise ValueError(f"{token!r} has the id {number!r}")
-    return dict(document)
+    return {_text(token): number for token, number in document.items()}
 
 
 _FORMATS: dict[str, Callable[[bytes], dict[str, int]]] = {
@@ -163,7 +169,9 @@ def unpack(data: bytes, where: str) -> Vocabulary:
             raise ValueError(f"it unpacks to {size:,} bytes")
         text = zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
         found = _checked(_ids(json.loads(text.decode("utf-8", "surrogatepass"))))
-    except (ValueError, TypeError, AttributeError, RecursionError, zstandard.ZstdError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise bad_manifest(where, f"is no vocabulary ({error})") from error
+    except zstandard.ZstdError as error:
         raise bad_manifest(where, f"is no vocabulary ({error})") from error
     if found is None:
         raise bad_manifest(where, "gives two tokens one row, or has none")

@@ -262,5 +262,99 @@ def test_the_worst_reason_decides() -> None:
     assert judge(forecast_of(), [doubt]).level == DOUBTFUL
     verdict = judge(forecast_of(), [doubt, stop])
     assert (verdict.level, verdict.why) == (REFUSE, "b")
-    # A target without a weight has no cosine: nothing is said of it.
-    assert judge(forecast_of(target=0.0, base_target=0.0)).level == GO
+    # A target without a weight has no cosine.
+    assert judge(forecast_of(target=0.0, base_target=0.0)).level == DOUBTFUL
+
+
+# --- what can't be compared is never go ---
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_a_target_of_no_numbers_is_not_go(folders: Path, value: float) -> None:
+    base = models.weights()
+    models.save(folders / "odd", {n: torch.full_like(t, value) for n, t in base.items()})
+    assert check(folders / "delta", folders / "odd").verdict.level != GO
+    half = {n: torch.full_like(t, value) if "layers.0" in n else t for n, t in base.items()}
+    models.save(folders / "half", half)
+    assert check(folders / "delta", folders / "half").verdict.level != GO
+
+
+@pytest.mark.parametrize("factor", [100.0, 1e-3])
+def test_a_scaled_model_is_not_go(folders: Path, factor: float) -> None:
+    tensors = {n: t.float() * factor for n, t in models.weights().items()}
+    models.save(folders / "scaled", tensors)
+    checked = check(folders / "delta", folders / "scaled")
+    assert checked.verdict.level != GO
+    assert "moved" in checked.verdict.why
+
+
+def test_equal_embeddings_do_not_make_two_models_alike(tmp_path: Path) -> None:
+    def loud(seed: int) -> dict[str, torch.Tensor]:
+        tables = {n: t * 8 for n, t in models.weights().items() if "embed" in n or "head" in n}
+        return {**models.weights(seed), **tables}
+
+    models.save(tmp_path / "base", loud(0))
+    models.save(tmp_path / "tuned", models.moved(loud(0)))
+    models.save(tmp_path / "target", loud(5))
+    hubdiff.push_delta(tmp_path / "tuned", tmp_path / "delta", base=tmp_path / "base")
+    checked = check(tmp_path / "delta", tmp_path / "target")
+    assert checked.forecast is not None
+    assert (checked.forecast.total.cosine or 0) > 0.9
+    assert checked.verdict.level == REFUSE
+
+
+def test_a_sample_of_nothing_is_no_sample(folders: Path) -> None:
+    manifest = folders / "delta" / "hubdiff.json"
+    document = json.loads(manifest.read_text())
+    document["sample"]["blocks"] = {name: [] for name in document["sample"]["blocks"]}
+    manifest.write_text(json.dumps(document))
+    checked = check(folders / "delta", folders / "other")
+    assert (checked.verdict.level, checked.forecast) == (DOUBTFUL, None)
+
+
+def test_apply_and_check_say_the_same(folders: Path) -> None:
+    files = {"README.md": on_hub.card(license="mit"), **tokenizer(TOKENS)}
+    models.save(
+        folders / "qwen", models.moved(models.weights(), 1e-3, 7), files=files, model_type="q"
+    )
+    checked = check(folders / "delta", folders / "qwen")
+    hubdiff.apply(folders / "delta", folders / "qwen", output=folders / "out")
+    record = json.loads((folders / "out" / "hubdiff-result.json").read_text())
+    assert record["check"] == checked.verdict.as_json()
+    assert record["check"]["verdict"] == DOUBTFUL
+
+
+def test_verify_finds_a_sample_that_is_not_the_bases(folders: Path) -> None:
+    import hashlib
+
+    import numpy as np
+
+    from hubdiff import sample
+    from hubdiff.delta import open_delta
+    from hubdiff.errors import IntegrityError
+
+    assert hubdiff.verify(folders / "delta", base=folders / "base").sampled
+    with open_delta(folders / "delta") as delta:
+        chosen = delta.manifest.sample
+    assert chosen is not None
+    lies = np.full(chosen.elements, 0x7FC0, np.uint16)
+    data = sample.encode(chosen, lies, lies)
+    (folders / "delta" / sample.FILE).write_bytes(data)
+    manifest = folders / "delta" / "hubdiff.json"
+    document = json.loads(manifest.read_text())
+    record = next(f for f in document["side_files"] if f["path"] == sample.FILE)
+    record |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest.write_text(json.dumps(document))
+    assert hubdiff.verify(folders / "delta").sampled is None
+    with pytest.raises(IntegrityError, match="sample"):
+        hubdiff.verify(folders / "delta", base=folders / "base")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"model": {"vocab": [[]]}}', '{"model": {"vocab": [""]}}', '{"model": {"vocab": [[1, 2]]}}'],
+)
+def test_a_crafted_tokenizer_is_one_that_can_t_be_read(folders: Path, text: str) -> None:
+    models.save(folders / "odd", models.weights(7), files={"tokenizer.json": text})
+    assert states(check(folders / "delta", folders / "odd"))["tokens"] == UNKNOWN
+    hubdiff.diff(folders / "base", folders / "odd")

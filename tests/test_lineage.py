@@ -161,6 +161,30 @@ def test_a_circle_has_an_end() -> None:
     assert lineage_page(graph)
 
 
+def test_a_tangle_is_a_tree_of_its_own_size() -> None:
+    keys = [[f"{layer}/{i}" for i in range(12)] for layer in range(6)]
+    edges_ = [Edge(a, b, "x") for layer in range(5) for a in keys[layer + 1] for b in keys[layer]]
+    nodes = {key: Node(key, "model") for layer in keys for key in layer}
+    lines = list(tree_lines(Graph("0/0", nodes, tuple(edges_))))
+    assert len(lines) < 1000
+
+
+def test_a_crowd_of_parents_is_cut(devhub: DevHub, put_repo: PutRepo) -> None:
+    crowd = "---\nbase_model:\n" + "".join(f"- org/nobody-{i}\n" for i in range(500)) + "---\n"
+    graph = hubdiff.lineage(put_repo({"README.md": crowd.encode()}), depth=0)
+    assert graph.cut
+    assert len(graph.nodes) <= 121
+
+
+def test_a_record_of_nonsense_is_no_edge(devhub: DevHub, put_repo: PutRepo) -> None:
+    record = b'{"target": {"name": "\\ud800"}, "deltas": [{"repo": 3}, 5, {"repo": "gpt2"}]}'
+    name = put_repo({"hubdiff-result.json": record, "README.md": b"---\nbase_model: bert\n---\n"})
+    graph = hubdiff.lineage(name)
+    assert {edge.origin for edge in graph.edges} == {"gpt2"}
+    assert "no repo" in (graph.nodes["gpt2"].problem or "")
+    assert lineage_page(graph)
+
+
 def test_as_mermaid_and_dot() -> None:
     text = mermaid(sample())
     assert text.startswith("flowchart LR\n")

@@ -147,3 +147,65 @@ def test_a_delta_on_the_hub_is_signed_by_a_commit(
     hubdiff.apply(repo, tmp_path / "target", output=tmp_path / "out", signature=Trust(key=public))
     with pytest.raises(BadSignature, match="not signed"):
         hubdiff.verify(f"{repo}@{before}", signature=Trust(key=public))
+
+
+def forged(folder: Path, private: Path, **ignored: object) -> bytes:
+    """A signature by the author's key, of a folder without a delta or with its files ignored."""
+    from model_signing import hashing, signing
+
+    config = signing.Config().use_elliptic_key_signer(private_key=private)
+    if ignored:
+        config.set_hashing_config(hashing.Config().set_ignored_paths(**ignored))
+    config.sign(folder, folder.parent / "forged.sig")
+    return (folder.parent / "forged.sig").read_bytes()
+
+
+def test_a_signature_that_leaves_the_manifest_out_vouches_for_nothing(
+    delta: Path, tmp_path: Path
+) -> None:
+    private, public = new_key(tmp_path, "mine")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "hubdiff.json").write_text("{}")
+    for made in (
+        forged(empty, private),
+        forged(full, private, paths=["hubdiff.json"], ignore_git_paths=True),
+    ):
+        (delta / SIGNATURE).write_bytes(made)
+        with pytest.raises(BadSignature, match="not signed by"):
+            hubdiff.verify(delta, signature=Trust(key=public))
+
+
+def test_keys_of_the_wrong_kind_are_refused_in_words(delta: Path, tmp_path: Path) -> None:
+    private, _ = new_key(tmp_path, "mine")
+    hubdiff.sign(delta, key=private)
+    (tmp_path / "text.pub").write_text("no key")
+    for key in (tmp_path / "text.pub", private):
+        with pytest.raises(BadSignature):
+            hubdiff.verify(delta, signature=Trust(key=key))
+
+
+def test_a_link_in_place_of_the_signature_is_replaced(delta: Path, tmp_path: Path) -> None:
+    private, public = new_key(tmp_path, "mine")
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (delta / SIGNATURE).symlink_to(victim)
+    hubdiff.sign(delta, key=private)
+    assert victim.read_text() == "mine"
+    hubdiff.verify(delta, signature=Trust(key=public))
+
+
+def test_only_a_branch_is_signed(devhub: DevHub, delta: Path, new_name: NewName) -> None:
+    private, public = new_key(delta.parent, "mine")
+    repo = new_name()
+    hubdiff.push_delta(delta.parent / "tuned", repo, base=delta.parent / "base")
+    hubdiff.tag(repo, "v1")
+    with pytest.raises(HubdiffError, match="no branch"):
+        hubdiff.sign(f"{repo}@v1", key=private)
+    hubdiff.sign(f"{repo}@main", key=private)
+    # A new version of the delta does not keep the signature of the old one.
+    hubdiff.push_delta(delta.parent / "target", repo, base=delta.parent / "base", force=True)
+    with pytest.raises(BadSignature, match="is not signed"):
+        hubdiff.verify(repo, signature=Trust(key=public))

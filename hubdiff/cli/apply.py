@@ -68,7 +68,11 @@ if TYPE_CHECKING:
 @shared.private
 @shared.public
 @shared.pr
-@click.option("--force", is_flag=True, help="Replace what stands at DIR or REPO.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace what stands at DIR or REPO; also make what check refuses.",
+)
 @shared.cache
 @click.option(
     "--require-signature",

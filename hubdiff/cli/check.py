@@ -12,6 +12,7 @@ from hubdiff.cli._output import Page, Session, pass_session
 from hubdiff.summary import percent, size_text
 
 if TYPE_CHECKING:
+    from hubdiff.compat import Finding
     from hubdiff.forecast import Forecast, Row
     from hubdiff.jobs.check import Checked
 
@@ -62,12 +63,17 @@ def _draw(page: Page, checked: Checked, plot: str | None) -> None:
         ]
     )
     page.heading("Can it be applied")
-    page.fields([(f.subject, f"{f.state}: {f.text}") for f in checked.findings])
+    own, *others = checked.findings
+    page.fields([(own.subject, own.text), *((f.subject, _finding(f)) for f in others)])
     if checked.forecast is not None:
         _draw_forecast(page, checked.forecast)
         if plot is not None:
             page.line()
             page.fields([("picture", plot)])
+
+
+def _finding(finding: Finding) -> str:
+    return f"{finding.state}: {finding.text}"
 
 
 def _draw_forecast(page: Page, forecast: Forecast) -> None:

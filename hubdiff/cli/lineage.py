@@ -42,6 +42,7 @@ from hubdiff.cli._output import Page, Session, pass_session
 def command(session: Session, repo: str, format: str, html: str | None, depth: int) -> None:
     """Show the graph around REPO, a model, a delta or a result: bases, tuned models, deltas,
     results and new versions. An edge has the pin that a manifest or a record gives it."""
+    session.json = session.json or format == "json"
     from hubdiff.graph import dot, mermaid, tree_lines
     from hubdiff.jobs.lineage import lineage
 
@@ -52,8 +53,6 @@ def command(session: Session, repo: str, format: str, html: str | None, depth: i
             progress.note(f"written: {html}")
         if graph.cut:
             progress.note("there is more than was followed (--depth)")
-    if format == "json":
-        session.json = True
 
     def draw(page: Page) -> None:
         text = {"mermaid": mermaid, "dot": dot}.get(format)
@@ -69,5 +68,6 @@ def _write(file: Path, graph: object) -> None:
     from hubdiff.writer import disk_errors
 
     assert isinstance(graph, Graph)
+    page = lineage_page(graph).encode(errors="replace")
     with disk_errors(file):
-        file.write_text(lineage_page(graph), encoding="utf-8")
+        file.write_bytes(page)

@@ -230,7 +230,7 @@ class _Apply:
     def _advise(self, plan: MergePlan) -> Verdict | None:
         """Compare the target with the base of every delta, on rank 0. Raises ``NotAdvised`` where
         the result would be noise, unless it is forced."""
-        if self.destination.repo is not None and plan.looks:
+        if self.destination.repo is not None:
             from hubdiff.hub import require_token
 
             require_token()  # before anything is read for it

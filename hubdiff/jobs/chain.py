@@ -3,14 +3,16 @@ target that made it, and so on, down to models that nobody made with hubdiff."""
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hubdiff import fields
 from hubdiff.checkpoint import MANIFEST, read_json
 from hubdiff.delta import Delta
-from hubdiff.errors import CheckpointError, IntegrityError
+from hubdiff.errors import CheckpointError, IntegrityError, UnsafePath
 from hubdiff.files import FileTree, open_tree
 from hubdiff.hashing import check_hash, hash_bytes, hash_reader, tensor_hash
 from hubdiff.manifest import FileRecord, MadeFile, Manifest, WrittenFile, read_manifest
@@ -19,6 +21,7 @@ from hubdiff.refs import ModelRef
 from hubdiff.writer import RESULT
 
 _MOST_LINKS = 1000
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _FOLDER = "a local folder, which nobody else can look at"
 
 
@@ -75,7 +78,7 @@ class _Chain:
         self._waiting.append(_Step(made, base.name, base.repo, base.commit, base.files))
 
     def _visit(self, step: _Step) -> None:
-        if step.repo is None or step.commit is None:
+        if step.repo is None:
             self._links.append(Link(step.made, step.name, 0, _FOLDER))
             return
         tree = open_tree(ModelRef(repo=step.repo, revision=step.commit, path=None))
@@ -95,6 +98,9 @@ class _Chain:
         record, made = read_json(tree, RESULT.marker), str(tree.pin)
         where = f"{made}/{RESULT.marker}"
         written = [_file(item, where) for item in _objects(record, "files", where)]
+        deltas = _objects(record, "deltas", where)
+        if not deltas:
+            raise _bad(where, "names no delta")
         self._progress.start("hashing results", sum(file.size for file in written))
         for file in written:
             _check_written(tree, file)
@@ -106,12 +112,13 @@ class _Chain:
         recorded = [f for f in _objects(target, "files", where) if f.get("sha256")]
         files = [file for f in recorded if isinstance(file := _file(f, where), FileRecord)]
         self._waiting.append(_Step(made, *_pin(target, where), files))
-        for item in _objects(record, "deltas", where):
+        _check_all_told(tree, written, files, where)
+        for item in deltas:
             self._follow_delta(made, item, where)
 
     def _follow_delta(self, made: str, item: dict[str, Any], where: str) -> None:
         name, repo, commit = _pin(item, where)
-        if repo is None or commit is None:
+        if repo is None:
             self._links.append(Link(made, name, 0, _FOLDER))
             return
         tree = open_tree(ModelRef(repo=repo, revision=commit, path=None))
@@ -125,6 +132,21 @@ class _Chain:
         if str(tree.pin) not in self._seen:
             self._seen.add(str(tree.pin))
             self._queue_base(str(tree.pin), manifest)
+
+
+def _check_all_told(
+    tree: FileTree, written: Sequence[WrittenFile], target: Sequence[FileRecord], where: str
+) -> None:
+    """Every weights file of a result was written by hubdiff, or is one of the target's."""
+    known = {file.path for file in written}
+    hashes = {file.sha256 for file in target}
+    for path, info in tree.files().items():
+        weights = path.endswith(".safetensors") and "/" not in path
+        if weights and path not in known and info.sha256 not in hashes:
+            raise IntegrityError(
+                f"{where} does not say where {path} comes from",
+                next_step="Somebody changed it: ask its owner.",
+            )
 
 
 def _check_listed(tree: FileTree, files: Sequence[FileRecord]) -> int:
@@ -162,19 +184,22 @@ def _objects(holder: dict[str, Any], name: str, where: str) -> list[dict[str, An
 
 
 def _file(item: dict[str, Any], where: str) -> WrittenFile:
-    path, size = item.get("path"), item.get("size")
-    digest = item.get("sha256") or item.get("blake3")
-    if not (isinstance(path, str) and type(size) is int and isinstance(digest, str)):
-        raise _bad(where, "has a file without path, size or hash")
-    kind = FileRecord if item.get("sha256") else MadeFile
-    return kind(path, size, digest)
+    try:
+        path, size = fields.path(item.get("path")), fields.natural(item.get("size"))
+        if item.get("sha256") is not None:
+            return FileRecord(path, size, fields.digest(item["sha256"]))
+        return MadeFile(path, size, fields.digest(item.get("blake3")))
+    except (fields.WrongField, UnsafePath) as error:
+        raise _bad(where, "has a file without path, size or hash") from error
 
 
 def _pin(item: dict[str, Any], where: str) -> tuple[str, str | None, str | None]:
     name, repo, commit = (item.get(key) for key in ("name", "repo", "commit"))
-    if not isinstance(name, str) or not all(isinstance(x, str | None) for x in (repo, commit)):
+    if not isinstance(name, str) or not isinstance(repo, str | None):
         raise _bad(where, "names a model or a delta without saying which")
-    return name, repo, commit
+    if repo is not None and not (isinstance(commit, str) and _COMMIT.fullmatch(commit)):
+        raise _bad(where, f"names {repo} without the commit of it")
+    return name, repo, commit if repo is not None else None
 
 
 def _bad(where: str, what: str) -> CheckpointError:

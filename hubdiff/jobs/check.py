@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hubdiff.compat import DOUBT, STOP, Compatibility, Finding, compatibility
+from hubdiff.checkpoint import open_checkpoint
+from hubdiff.compat import Compatibility, Finding, compatibility
+from hubdiff.delta import open_delta_tree
+from hubdiff.files import open_tree
 from hubdiff.forecast import Forecast
-from hubdiff.jobs.advice import forecasts
-from hubdiff.jobs.merging import opened_models
+from hubdiff.jobs.advice import forecasts, reasons_of
 from hubdiff.progress import Progress, Silent
-from hubdiff.verdict import DOUBTFUL, REFUSE, THRESHOLDS, Reason, Verdict, judge
+from hubdiff.refs import ModelRef
+from hubdiff.verdict import THRESHOLDS, Verdict, judge
 from hubdiff.writer import disk_errors
 
 
@@ -72,12 +75,14 @@ def check(
     Raises ``HubdiffError`` for models that can't be read; that they don't go together is a verdict.
     """
     progress = progress or Silent()
-    with opened_models(delta, to, cache) as (deltas, target):
-        opened = deltas[0].delta
+    with ExitStack() as stack:
+        tree = open_tree(ModelRef.parse(delta), cache=cache)
+        opened = stack.enter_context(open_delta_tree(tree))
+        target = stack.enter_context(open_checkpoint(open_tree(ModelRef.parse(to), cache=cache)))
         found = compatibility(opened, target)
         forecast = None
-        if found.plan is not None:
-            forecast = next(iter(forecasts(found.plan)), None)
+        if found.plan is not None and not found.own_base:
+            (forecast,) = forecasts(found.plan)
         verdict = _verdict(found, forecast)
         checked = Checked(
             str(opened.tree.pin),
@@ -100,17 +105,8 @@ def _verdict(found: Compatibility, forecast: Forecast | None) -> Verdict:
     if found.own_base:
         return Verdict(())
     if found.plan is None:
-        return Verdict(tuple(_reasons(found.findings)))
-    return judge(forecast, _reasons(found.findings))
-
-
-def _reasons(findings: Iterable[Finding]) -> list[Reason]:
-    levels = {STOP: REFUSE, DOUBT: DOUBTFUL}
-    return [
-        Reason(levels[found.state], f"{found.subject}: {found.text}")
-        for found in findings
-        if found.state in levels
-    ]
+        return Verdict(tuple(reasons_of(found.findings)))
+    return judge(forecast, reasons_of(found.findings))
 
 
 def _draw(forecast: Forecast, verdict: Verdict, file: Path) -> None:

@@ -4,11 +4,13 @@ cards say."""
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from hubdiff import fields
 from hubdiff.checkpoint import MANIFEST, read_json
 from hubdiff.errors import HubdiffError
 from hubdiff.facts import facts
@@ -22,6 +24,8 @@ from hubdiff.graph import (
     Edge,
     Graph,
     Node,
+    folder_key,
+    is_folder,
 )
 from hubdiff.manifest import Manifest, Side, read_manifest
 from hubdiff.picture import group_by_layer
@@ -32,6 +36,7 @@ from hubdiff.summary import percent, size_text, summarise
 from hubdiff.writer import RESULT
 
 DEPTH, MOST_NODES = 6, 120
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _RELATIONS = ("finetune", "adapter", "merge", "quantized")
 
 
@@ -71,8 +76,9 @@ class _Walk:
         while waiting:
             edge, steps = waiting.popleft()
             if edge.relation == NEW_VERSION:
-                self._add(edge)
                 self._take_child(edge.made)
+                if edge.made in self.nodes:
+                    self._add(edge)
             elif edge.origin in self.nodes:
                 self._add(edge)
             elif steps > self.depth or len(self.nodes) >= MOST_NODES:
@@ -84,7 +90,7 @@ class _Walk:
 
     def _origin(self, edge: Edge) -> tuple[Node, list[Edge]]:
         """The origin of an edge, as it is at its pin. A folder's name can't be opened."""
-        if "/" not in edge.origin:
+        if is_folder(edge.origin):
             return Node(edge.origin, "model", local=True), []
         try:
             return _describe(open_tree(ModelRef(repo=edge.origin, revision=edge.commit, path=None)))
@@ -110,23 +116,29 @@ class _Walk:
                 self.cut = True
                 continue
             for child in _children(one):
-                if len(self.nodes) >= MOST_NODES and child not in self.nodes:
-                    self.cut = True
-                    continue
                 self._take_child(child)
-                waiting.append((child, steps + 1))
+                if child in self.nodes:
+                    waiting.append((child, steps + 1))
 
     def _take_child(self, child: str) -> None:
+        origins: list[Edge] = []
         try:
-            tree = open_tree(ModelRef(repo=child, revision=None, path=None))
-            node, origins = _describe(tree)
+            node, origins = _describe(open_tree(ModelRef(repo=child, revision=None, path=None)))
         except HubdiffError as error:
-            self.nodes.setdefault(child, Node(child, "model", problem=str(error)))
+            node = Node(child, "model", problem=str(error))
+        if not self._room_for(child):
             return
         self.nodes.setdefault(child, node)
         for edge in origins:
-            self.nodes.setdefault(edge.origin, Node(edge.origin, "model", "/" not in edge.origin))
-            self._add(edge)
+            if edge.relation != NEW_VERSION and self._room_for(edge.origin):
+                local = is_folder(edge.origin)
+                self.nodes.setdefault(edge.origin, Node(edge.origin, "model", local))
+                self._add(edge)
+
+    def _room_for(self, key: str) -> bool:
+        room = key in self.nodes or len(self.nodes) < MOST_NODES
+        self.cut = self.cut or not room
+        return room
 
 
 def _children(repo: str) -> Iterator[str]:
@@ -180,10 +192,10 @@ def _named_by_card(key: str, card: dict[str, Any]) -> Iterator[Edge]:
     relation = card.get("base_model_relation")
     word = relation if relation in _RELATIONS else "merge" if len(listed) > 1 else "finetune"
     for base in listed:
-        if isinstance(base, str) and base != key:
+        if _text(base) and base != key:
             yield Edge(base, key, word)
-    newer = card.get("new_version")
-    if isinstance(newer, str) and newer != key:
+    newer = _text(card.get("new_version"))
+    if newer and newer != key:
         yield Edge(key, newer, NEW_VERSION)
 
 
@@ -195,7 +207,15 @@ def _of_manifest(key: str, manifest: Manifest) -> list[Edge]:
 
 
 def _edge(side: Side, made: str, relation: str) -> Edge:
-    return Edge(side.repo or side.name, made, relation, side.commit)
+    return Edge(side.repo or folder_key(side.name), made, relation, side.commit)
+
+
+def _text(value: object) -> str | None:
+    """A text of a record or a card; anything else says nothing."""
+    try:
+        return fields.string(value)
+    except fields.WrongField:
+        return None
 
 
 def _of_record(key: str, record: dict[str, Any]) -> list[Edge]:
@@ -207,10 +227,12 @@ def _of_record(key: str, record: dict[str, Any]) -> list[Edge]:
     for side, relation in sides:
         if not isinstance(side, dict):
             continue
-        name, commit = side.get("repo") or side.get("name"), side.get("commit")
-        if isinstance(name, str):
-            pin = commit if isinstance(commit, str) else None
-            found.append(Edge(name, key, relation, pin))
+        repo, name, commit = (_text(side.get(one)) for one in ("repo", "name", "commit"))
+        origin = repo or (folder_key(name) if name else None)
+        if origin:
+            found.append(
+                Edge(origin, key, relation, commit if _COMMIT.fullmatch(commit or "") else None)
+            )
     return found
 
 
@@ -230,12 +252,16 @@ def _delta_node(node: Node, manifest: Manifest) -> Node:
     return replace(node, kind="delta", numbers=numbers, layers=layers)
 
 
+def _shown(value: object) -> str:
+    return str(value).encode(errors="replace").decode()[:200]
+
+
 def _result_node(node: Node, record: dict[str, Any]) -> Node:
     numbers = {}
     for label, name in (("case", "case"), ("because", "reason"), ("scale", "scale")):
         if record.get(name) is not None:
-            numbers[label] = str(record[name])
+            numbers[label] = _shown(record[name])
     check = record.get("check")
     if isinstance(check, dict):
-        numbers["check"] = str(check.get("verdict"))
+        numbers["check"] = _shown(check.get("verdict"))
     return replace(node, kind="result", numbers=numbers)

@@ -52,7 +52,7 @@ def tag(delta: str, version: str, *, message: str | None = None) -> Pointer:
     Raises ``HubConflict`` for a version that stands for another commit, ``RefError`` for a name
     that is no version, ``NotADelta`` or another ``HubError``.
     """
-    if not _VERSION.fullmatch(version):
+    if not _VERSION.fullmatch(version) or _HEX.fullmatch(version):
         raise RefError(
             f"{version!r} is no version",
             next_step="Write v1.2 or 2.0-rc1; a name that moves is an alias: hubdiff alias.",
@@ -61,7 +61,12 @@ def tag(delta: str, version: str, *, message: str | None = None) -> Pointer:
     from hubdiff.hub import create_tag, pointers
 
     known = pointers(repo)
-    before = known.tags.get(version) or known.branches.get(version)
+    if version in known.branches:
+        raise HubConflict(
+            f"{version} is a branch of {repo}, which moves with every commit to it",
+            next_step="Choose another name for the version.",
+        )
+    before = known.tags.get(version)
     if before not in (None, commit):
         raise HubConflict(
             f"{repo}@{version} is {before}, and a version never moves",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hubdiff.checkpoint import MANIFEST
+from hubdiff.errors import RefError
 from hubdiff.files import open_tree
 from hubdiff.manifest import read_manifest
 from hubdiff.refs import ModelRef
@@ -42,6 +43,8 @@ def sign(delta: str | Path, *, key: str | Path | None = None) -> Signed:
     ``HubdiffError``.
     """
     ref = ModelRef.parse(delta)
+    if ref.repo is not None and ref.revision is not None:
+        _require_branch(ref.repo, ref.revision)
     tree = open_tree(ref)
     read_manifest(tree)
     data = sign_manifest(
@@ -49,9 +52,11 @@ def sign(delta: str | Path, *, key: str | Path | None = None) -> Signed:
     )
     by = "Sigstore" if key is None else f"the key {Path(key).name}"
     if ref.path is not None:
-        file = ref.path / SIGNATURE
+        file, new = ref.path / SIGNATURE, ref.path / f".{SIGNATURE}.part"
         with disk_errors(file):
-            file.write_bytes(data)
+            new.unlink(missing_ok=True)
+            new.write_bytes(data)
+            os.replace(new, file)  # a link that stands there is replaced, not followed
         return Signed(str(tree.pin), by)
     from hubdiff.hub import HubUpload
 
@@ -60,3 +65,14 @@ def sign(delta: str | Path, *, key: str | Path | None = None) -> Signed:
     upload.add_bytes(SIGNATURE, data)
     commit = upload.commit("Sign the delta")
     return Signed(f"{ref.repo}@{commit.oid}", by, url=commit.url)
+
+
+def _require_branch(repo: str, revision: str) -> None:
+    """A signature is a commit, and only a branch takes one."""
+    from hubdiff.hub import pointers
+
+    if revision not in pointers(repo).branches:
+        raise RefError(
+            f"{repo}@{revision} is no branch, and a signature is a commit",
+            next_step=f"Sign the branch, hubdiff sign {repo}, and then tag that commit.",
+        )

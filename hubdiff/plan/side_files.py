@@ -149,8 +149,8 @@ class _Replay:
     def _merged(self, file: WholeFile) -> WholeFile:
         path = file.path
         merged = merge_json(
-            _carried_json(self.delta, f"base/{path}"),
-            _carried_json(self.delta, f"tuned/{path}"),
+            carried_json(self.delta, f"base/{path}"),
+            carried_json(self.delta, f"tuned/{path}"),
             self._json_so_far(file),
             CONFIG_RULES if path == "config.json" else GENERATION_RULES,
         )
@@ -162,11 +162,11 @@ class _Replay:
         if file.data is not None:
             return parse_json(file.data, file.path)
         if file.delta is not None:
-            return _carried_json(file.delta, f"tuned/{file.path}")
+            return carried_json(file.delta, f"tuned/{file.path}")
         return read_json(self.target.tree, file.path)
 
 
-def _carried_json(delta: Delta, path: str) -> dict[str, Any]:
+def carried_json(delta: Delta, path: str) -> dict[str, Any]:
     """A config that the delta carries, checked; ``{}`` for one that its side never had."""
     record = next((f for f in delta.manifest.side_files if f.path == path), None)
     if record is None:

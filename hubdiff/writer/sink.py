@@ -34,7 +34,11 @@ class Kind:
 DELTA = Kind(
     "delta",
     "hubdiff.json",
-    ("delta-*", "tail-*", "exact-*", "delta.safetensors.index.json", "tuned/*", "base/*"),
+    # A signature is of the manifest it was made for, and goes with it.
+    (
+        *("delta-*", "tail-*", "exact-*", "delta.safetensors.index.json", "tuned/*", "base/*"),
+        *("sample.safetensors", "vocabulary.json.zst", "hubdiff.sig"),
+    ),
 )
 RESULT = Kind("result", "hubdiff-result.json", ("*.safetensors", "*.safetensors.index.json"))
 

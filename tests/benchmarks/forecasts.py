@@ -4,12 +4,12 @@
 
 Needs ``pip install gguf accelerate``, as real_llm.py. Every line is a delta and a target. "off by"
 is the largest distance of the sampled estimate from the same number computed from every element: of
-the two cosines in absolute terms, of the three ratios of norms relative to them. "before → after" is the exact match on held-out examples of the
-target alone and of target + Δ, where there is a task that tells: the toy family's
-(``hubdiff.toy_family``), trained here on the spot, with bases that were trained on and on. Others:
-the BERTs of the rxnfp wheel; SmolLM2-135M with a short SFT, on itself trained on with other text;
-and silero-vad 5.1 and 6.0, whose shapes are alike and whose weights are not. There are no peers:
-none of them says anything before it merges.
+the two cosines in absolute terms, of the three ratios of norms relative to them. "before → after"
+is the exact match on held-out examples of the target alone and of target + Δ, where there is a task
+that tells: the toy family's (``hubdiff.toy_family``), trained on the spot, with bases that were
+trained on and on. Others: the BERTs of the rxnfp wheel; SmolLM2-135M with a short SFT, on itself
+trained on with other text; and silero-vad 5.1 and 6.0, whose shapes are alike and whose weights are
+not. There are no peers: none of them says anything before it merges.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def test_lineage(hubdiff: Run, delta: str, tmp_path: Path) -> None:
     said = hubdiff("lineage", delta)
     assert said.code == 0, said.err
     assert said.out.startswith(f"{delta} (delta")
-    assert "base of the delta: base (model)" in said.out
+    assert "base of the delta: base (folder) (model)" in said.out
     assert hubdiff("lineage", delta, "--format", "mermaid").out.startswith("flowchart")
     assert hubdiff("lineage", delta, "--format", "dot").out.startswith("digraph")
     for words in (("--json",), ("--format", "json")):
