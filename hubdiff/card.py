@@ -232,9 +232,15 @@ def _licence_words(parents: Sequence[_Parent]) -> dict[str, Any]:
     sides = _sides(parents)
     return {
         "licences": licence_note(sides),
-        "notices": notices(side.licence for side in sides),
+        "notices": notices([*(side.licence for side in sides), *_own_names(parents)]),
         "conflicts": conflicts(sides),
     }
+
+
+def _own_names(parents: Sequence[_Parent]) -> list[str]:
+    """The names of licences that the Hub has no id for."""
+    names = (parent.card.get("license_name") for parent in parents)
+    return [name for name in names if isinstance(name, str)]
 
 
 def _licence(parents: Sequence[_Parent]) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from hubdiff.stream import (
     workers_for,
 )
 
+NUMBERS = FLOATS | {"F64"}
 _COLUMNS = 32  # of the sketch: the estimate is within about 5 %
 _MOST_COLUMNS = 1 << 16  # of Δ: what the sketch costs in memory
 _SEED = 0
@@ -143,11 +144,11 @@ def _compare(
 ) -> _Piece:
     dtypes = (span.entry.dtype, base.entry.dtype)
     bits = [np.frombuffer(v, unit_dtype(d)) for v, d in zip((new, old), dtypes, strict=True)]
-    if not set(dtypes) <= FLOATS:
+    if not set(dtypes) <= NUMBERS:
         same_type = bits[0].dtype == bits[1].dtype
         changed = int(np.count_nonzero(bits[0] != bits[1])) if same_type else span.units
         return _Piece(span, pair, changed, (0.0, 0.0, 0.0, 0.0))
-    y, x = (floats(b, d) for b, d in zip(bits, dtypes, strict=True))
+    y, x = (_numbers(b, d) for b, d in zip(bits, dtypes, strict=True))
     differs = bits[0] != bits[1] if dtypes[0] == dtypes[1] else y != x
     with np.errstate(over="ignore", invalid="ignore"):
         known = np.isfinite(x) & np.isfinite(y) & np.isfinite(y - x)
@@ -159,6 +160,10 @@ def _compare(
         return _Piece(span, pair, changed, sums)
     columns = math.prod(span.entry.shape[1:])
     return _Piece(span, pair, changed, sums, _sketch(delta, span.first, columns))
+
+
+def _numbers(patterns: np.ndarray, dtype: str) -> np.ndarray:
+    return patterns.view("<f8") if dtype == "F64" else floats(patterns, dtype)
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> float:

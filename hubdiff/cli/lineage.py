@@ -45,8 +45,11 @@ def command(session: Session, repo: str, format: str, html: str | None, depth: i
     session.json = session.json or format == "json"
     from hubdiff.graph import dot, mermaid, tree_lines
     from hubdiff.jobs.lineage import lineage
+    from hubdiff.writer import require_place
 
     with session.working() as progress:
+        if html is not None:
+            require_place(Path(html))
         graph = lineage(repo, depth=depth, progress=progress)
         if html is not None:
             _write(Path(html), graph)

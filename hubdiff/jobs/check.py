@@ -16,7 +16,7 @@ from hubdiff.jobs.advice import forecasts, reasons_of
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.verdict import THRESHOLDS, Verdict, judge
-from hubdiff.writer import disk_errors
+from hubdiff.writer import disk_errors, require_place
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ def check(
     Raises ``HubdiffError`` for models that can't be read; that they don't go together is a verdict.
     """
     progress = progress or Silent()
+    if plot is not None:
+        require_place(Path(plot))
     with ExitStack() as stack:
         tree = open_tree(ModelRef.parse(delta), cache=cache)
         opened = stack.enter_context(open_delta_tree(tree))

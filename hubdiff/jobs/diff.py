@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from hubdiff.checkpoint import INDEX, Checkpoint, Placed, open_checkpoint
-from hubdiff.difference import TensorChange, changes
+from hubdiff.difference import NUMBERS, TensorChange, changes
 from hubdiff.errors import CannotDiff
 from hubdiff.files import FileTree, open_tree
 from hubdiff.hashing import hash_bytes
 from hubdiff.names import match_names
-from hubdiff.pair import FLOATS, Filters, Pair, TensorPair
+from hubdiff.pair import Filters, Pair, TensorPair
 from hubdiff.picture import LayerRow, group_by_layer, layer_picture
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.sidecars import NotCarried, classify
 from hubdiff.vocab import vocabulary_of
-from hubdiff.writer import disk_errors
+from hubdiff.writer import disk_errors, require_place
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,8 @@ def diff(
     ``HubdiffError``.
     """
     progress = progress or Silent()
+    if plot is not None:
+        require_place(Path(plot))
     with ExitStack() as stack:
         trees = [open_tree(ModelRef.parse(ref), cache=cache) for ref in (old, new)]
         first, second = (stack.enter_context(open_checkpoint(tree)) for tree in trees)
@@ -166,7 +168,7 @@ def _pair(old: Checkpoint, new: Checkpoint) -> tuple[Pair, tuple[Change, ...]]:
 
 def _comparable(old: Placed, new: Placed) -> bool:
     dtypes = {old.entry.dtype, new.entry.dtype}
-    return old.entry.shape == new.entry.shape and (dtypes <= FLOATS or len(dtypes) == 1)
+    return old.entry.shape == new.entry.shape and (dtypes <= NUMBERS or len(dtypes) == 1)
 
 
 def _described(placed: Placed) -> str:

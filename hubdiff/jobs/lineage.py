@@ -115,7 +115,13 @@ class _Walk:
             if steps >= self.depth:
                 self.cut = True
                 continue
-            for child in _children(one):
+            try:
+                children = list(_children(one))
+            except HubdiffError as error:
+                self.progress.note(f"what was made of {one} is not known: {error}")
+                self.cut = True
+                continue
+            for child in children:
                 self._take_child(child)
                 if child in self.nodes:
                     waiting.append((child, steps + 1))

@@ -89,7 +89,7 @@ def search(words: str | Sequence[str], *, limit: int = MOST) -> Listing:
 def _found(tags: Sequence[str], author: str | None) -> Iterator[Found]:
     from hubdiff.hub import find_models
 
-    return find_models(tags, author=author)
+    return iter(find_models(tags, author=author))
 
 
 def _has(found: Found, words: Sequence[str]) -> bool:
@@ -99,6 +99,8 @@ def _has(found: Found, words: Sequence[str]) -> bool:
 
 
 def _listing(hits: Iterator[Found], limit: int) -> Listing:
+    if limit < 1:
+        raise RefError(f"the limit {limit} is no whole number from 1", next_step="Give --limit N.")
     chosen = list(islice(hits, limit + 1))
     with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="hubdiff") as pool:
         entries = tuple(pool.map(_entry, chosen[:limit]))

@@ -25,7 +25,13 @@ from hubdiff.writer.hub import HubShare, HubSink
 from hubdiff.writer.lock import only_run
 from hubdiff.writer.memory import Memory, TensorFile
 from hubdiff.writer.nowhere import Nowhere
-from hubdiff.writer.output import OutputFile, begin_writeback, disk_errors, write_all
+from hubdiff.writer.output import (
+    OutputFile,
+    begin_writeback,
+    disk_errors,
+    require_place,
+    write_all,
+)
 from hubdiff.writer.place import output_folder, refuse_place
 from hubdiff.writer.sink import DELTA, RESULT, Kind, Published, Sink
 
@@ -47,6 +53,7 @@ __all__ = [
     "disk_errors",
     "open_sink",
     "output_folder",
+    "require_place",
     "write_all",
 ]
 

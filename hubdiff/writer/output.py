@@ -64,6 +64,13 @@ def _reserve(fd: int, size: int) -> None:
     os.ftruncate(fd, size)
 
 
+def require_place(file: Path) -> None:
+    """Raise ``OutputError`` where ``file`` can't be written: now, and not after the work for it."""
+    if file.is_dir() or not file.parent.is_dir():
+        what = "is a folder" if file.is_dir() else f"can't be written: there is no {file.parent}"
+        raise OutputError(f"{file} {what}", next_step="Give the path of a file in a folder.")
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Say a failed write in words."""
