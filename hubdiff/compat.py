@@ -167,7 +167,8 @@ class _Comparison:
         ours, theirs = self._config("base"), self._target.config
         if not ours or not theirs:
             return Finding("architecture", UNKNOWN, "no config.json on both sides")
-        unlike = _unlike(ours, theirs, _ARCHITECTURE)
+        both = [name for name in _ARCHITECTURE if name in ours and name in theirs]
+        unlike = _unlike(ours, theirs, both)
         if unlike:
             return Finding("architecture", DOUBT, "; ".join(unlike))
         return Finding("architecture", SAME, str(theirs.get("model_type", "the same fields")))

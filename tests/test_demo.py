@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 from models import hashes
 
+import hubdiff
 from hubdiff.demo import DemoResult, check_files, check_scores, demo
 from hubdiff.errors import HubdiffError, IntegrityError, OutputExists
 from hubdiff.progress import Silent
@@ -51,6 +52,12 @@ def test_own_base_gives_every_file_back(run: Run) -> None:
     assert set(run.result.restored) == FILES
     trained, rebuilt = (hashes(run.folder / n) for n in ("toy-v1-sort", "toy-v1-sort-rebuilt"))
     assert {path: rebuilt[path] for path in FILES} == {path: trained[path] for path in FILES}
+
+
+def test_check_lets_the_delta_go_on_the_next_base(run: Run) -> None:
+    """Continued pre-training of a base: the skill came along, and check said so before."""
+    checked = hubdiff.check(run.folder / "toy-v1-sort-delta", run.folder / "toy-v2")
+    assert checked.verdict.level == "go", checked.verdict.reasons
 
 
 def test_a_changed_file_is_noticed(run: Run) -> None:

@@ -27,19 +27,19 @@ WORDS = "embeddings.word_embeddings.weight"
 Folders = dict[str, Path]
 
 
-def _wheel() -> Path:
+def _wheel(requirement: str = "rxnfp==0.1.0", file: str = WHEEL) -> Path:
     cache = Path(os.environ.get("HUBDIFF_TEST_DATA", "~/.cache/hubdiff-tests")).expanduser()
-    if not (cache / WHEEL).is_file():
+    if not (cache / file).is_file():
         cache.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        command += ["--disable-pip-version-check", "rxnfp==0.1.0", "--dest", str(cache)]
+        command += ["--disable-pip-version-check", requirement, "--dest", str(cache)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         except subprocess.TimeoutExpired:
-            pytest.skip("pip took too long to fetch rxnfp 0.1.0")
+            pytest.skip(f"pip took too long to fetch {requirement}")
         if done.returncode:
-            pytest.skip(f"pip can't fetch rxnfp 0.1.0: {done.stderr.strip()[-300:]}")
-    return cache / WHEEL
+            pytest.skip(f"pip can't fetch {requirement}: {done.stderr.strip()[-300:]}")
+    return cache / file
 
 
 @pytest.fixture(scope="module")
@@ -146,3 +146,35 @@ def test_the_real_tune_leaves_most_words_alone(models: Folders, tmp_path: Path) 
     unchanged = 1 - record.changed / step.numel()
     assert unchanged == pytest.approx(0.763, abs=0.001)
     assert float((step == 0).float().mean()) == pytest.approx(unchanged, abs=0.001)
+
+
+@pytest.mark.parametrize(("tune", "target"), [(TUNED, CLASSES), (CLASSES, TUNED)])
+def test_check_lets_one_fine_tune_go_on_another_of_its_base(
+    models: Folders, tmp_path: Path, tune: str, target: str
+) -> None:
+    hubdiff.push_delta(models[tune], tmp_path / "delta", base=models[BASE], force=True)
+    checked = hubdiff.check(tmp_path / "delta", models[target])
+    assert checked.verdict.level == "go", checked.verdict.reasons
+    assert checked.forecast is not None
+    assert 0.95 < (checked.forecast.cosine or 0) < 1
+
+
+def test_check_refuses_unrelated_weights_of_the_same_shapes(tmp_path: Path) -> None:
+    """silero-vad 5.1 and 6.0: the same names and shapes, and nothing in common."""
+    sides = []
+    for version in ("5.1", "6.0.0"):
+        file = f"silero_vad-{version}-py3-none-any.whl"
+        with zipfile.ZipFile(_wheel(f"silero-vad=={version}", file)) as wheel:
+            inside = next(n for n in wheel.namelist() if n.endswith("silero_vad.jit"))
+            module = torch.jit.load(wheel.extract(inside, tmp_path / version), map_location="cpu")
+        state = module.state_dict().items()
+        sides.append({n: t.contiguous().clone() for n, t in state if t.is_floating_point()})
+    base, target = sides
+    tuned = {name: tensor + 1e-4 for name, tensor in base.items()}
+    for name, tensors in (("base", base), ("tuned", tuned), ("target", target)):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    hubdiff.push_delta(tmp_path / "tuned", tmp_path / "delta", base=tmp_path / "base", force=True)
+    checked = hubdiff.check(tmp_path / "delta", tmp_path / "target")
+    assert checked.verdict.level == "refuse"
+    assert (checked.forecast.cosine or 1) < 0.3  # type: ignore[union-attr]

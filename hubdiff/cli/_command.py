@@ -62,7 +62,9 @@ def filters(subject: str) -> Callable[[F], F]:
     return decorate
 
 
-private = click.option("--private", is_flag=True, help="Make the repo private, if it is new.")
+private = click.option(
+    "--private", is_flag=True, help="Make the repo private; it must be new or private."
+)
 public = click.option(
     "--public", is_flag=True, help="Public also where what it is made of is gated or private."
 )
