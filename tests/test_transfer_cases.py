@@ -511,7 +511,7 @@ def test_side_files_follow_the_tune_and_structure_follows_the_target(tmp_path: P
             "tokenizer.json": '{"model": {"vocab": {"a": 0, "<|im_end|>": 1}}}',
             "chat_template.jinja": "{{ messages }}",
             "generation_config.json": '{"eos_token_id": [2, 7]}',
-            "README.md": "# the tuned model",
+            "README.md": "# tuned by hand",
         },
         rope_theta=10000.0,
         eos_token_id=7,
@@ -549,7 +549,7 @@ def test_side_files_follow_the_tune_and_structure_follows_the_target(tmp_path: P
     # A result is no one's fine-tune but a merge: it has a card of its own.
     card = (result / "README.md").read_text()
     assert "- merge" in card
-    assert "the tuned model" not in card
+    assert "tuned by hand" not in card
     assert {f["path"] for f in plan["files"]} >= {"config.json", "tokenizer.json", "notes.txt"}
 
 
