@@ -7,7 +7,7 @@ estimate: each sampled element stands for the elements of its tensor that were n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -255,6 +255,15 @@ def read_sample(delta: Delta, sample: Sample) -> Values:
     return sampling.decode(sample, data, where)
 
 
+def _numbers(at: Look, request: Request, view: memoryview) -> Iterator[tuple[Piece, np.ndarray]]:
+    """The pieces of a request with the target's values, out of what was read for it."""
+    for where, piece in request.pieces:
+        dtype = at.partners[piece.name].entry.dtype
+        start = where.begin - request.range.begin
+        patterns = np.frombuffer(view[start : start + where.nbytes], f"<u{BYTES[dtype]}")
+        yield piece, floats(patterns, dtype)
+
+
 def require_base(at: Look) -> int:
     """Raise ``IntegrityError`` unless the base's values in the sample are those of ``at.target``,
     bit by bit; how many they are."""
@@ -262,12 +271,9 @@ def require_base(at: Look) -> int:
     count = 0
     for request in at.requests:
         view = read_ranges(at.target, [request.range])[request.range]
-        for where, piece in request.pieces:
-            dtype = at.partners[piece.name].entry.dtype
-            start = where.begin - request.range.begin
-            patterns = np.frombuffer(view[start : start + where.nbytes], f"<u{BYTES[dtype]}")
+        for piece, numbers in _numbers(at, request, view):
             kept = values.base[offsets[piece] : offsets[piece] + piece.count]
-            if not np.array_equal(floats(patterns, dtype).view(np.uint32), kept.view(np.uint32)):
+            if not np.array_equal(numbers.view(np.uint32), kept.view(np.uint32)):
                 raise IntegrityError(
                     f"{at.delta.tree.pin}: the sample has other values of {piece.name} than "
                     f"{at.target.tree.pin}",
@@ -286,14 +292,10 @@ def look(at: Look) -> Forecast:
         return read_ranges(at.target, [request.range])[request.range]
 
     def take(request: Request, view: memoryview) -> None:
-        for place_, piece in request.pieces:
-            start = place_.begin - request.range.begin
-            dtype = at.partners[piece.name].entry.dtype
-            patterns = np.frombuffer(view[start : start + place_.nbytes], f"<u{BYTES[dtype]}")
+        for piece, numbers in _numbers(at, request, view):
             here = slice(offsets[piece], offsets[piece] + piece.count)
-            moments = _moments(
-                values.base[here], values.delta[here], floats(patterns, dtype), dtype
-            )
+            dtype = at.partners[piece.name].entry.dtype
+            moments = _moments(values.base[here], values.delta[here], numbers, dtype)
             found[piece.name] = found.get(piece.name, Moments()).plus(moments)
 
     requests = at.requests

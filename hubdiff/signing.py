@@ -88,16 +88,17 @@ def check_signature(tree: FileTree, trust: Trust) -> None:
     with _library() as library, _staged(files) as folder:
         signature = folder.parent / SIGNATURE
         bundle = tree.read_bytes(SIGNATURE)
-        signature.write_bytes(bundle)
         key = _readable(trust.key) if trust.key is not None else None
         try:
+            envelope = _envelope(bundle)
+            signature.write_bytes(bundle)
             config = library.verifying.Config()
             if key is not None:
                 config.use_elliptic_key_verifier(public_key=key)
             else:
                 config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.issuer)
             config.verify(folder, signature)
-            _check_signed(bundle, files[MANIFEST])
+            _check_signed(envelope, files[MANIFEST])
         except Exception as error:  # of four libraries, whose common class this is
             raise BadSignature(
                 f"{where} is not signed by {trust}: {_said(error)}",
@@ -105,10 +106,28 @@ def check_signature(tree: FileTree, trust: Trust) -> None:
             ) from error
 
 
-def _check_signed(bundle: bytes, manifest: bytes) -> None:
+def _envelope(bundle: bytes) -> dict[str, Any]:
+    """What is signed, from a bundle that two readers can't read in two ways: the library checks the
+    signature of the envelope that it finds, and this must be the same one."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("it names a field twice")
+        return found
+
+    document = json.loads(bundle, object_pairs_hook=unique)
+    if set(document) != {"mediaType", "verificationMaterial", "dsseEnvelope"}:
+        raise ValueError("it has other fields than a bundle of model-signing")
+    envelope: dict[str, Any] = document["dsseEnvelope"]
+    if set(envelope) != {"payload", "payloadType", "signatures"}:
+        raise ValueError("its envelope has other fields than one of model-signing")
+    return envelope
+
+
+def _check_signed(envelope: dict[str, Any], manifest: bytes) -> None:
     """What was signed is this manifest and nothing else. The library takes from the signature which
     files it is to leave out: one of no files, or of others, would vouch for anything."""
-    envelope = json.loads(bundle)["dsseEnvelope"]
     resources = json.loads(base64.b64decode(envelope["payload"]))["predicate"]["resources"]
     signed = [(one["name"], one["algorithm"], one["digest"]) for one in resources]
     if signed != [(MANIFEST, "sha256", hash_bytes(manifest))]:

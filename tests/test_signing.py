@@ -178,6 +178,27 @@ def test_a_signature_that_leaves_the_manifest_out_vouches_for_nothing(
             hubdiff.verify(delta, signature=Trust(key=public))
 
 
+@pytest.mark.parametrize("name", ["dsseEnvelope", "dsse_envelope"])
+def test_a_bundle_that_can_be_read_in_two_ways_is_refused(
+    delta: Path, tmp_path: Path, name: str
+) -> None:
+    """The author's signature of nothing, and beside it an envelope that nobody signed."""
+    private, public = new_key(tmp_path, "mine")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    genuine = forged(empty, private)
+    stranger, _ = new_key(tmp_path, "stranger")
+    hubdiff.sign(delta, key=stranger)
+    envelope = json.dumps(json.loads((delta / SIGNATURE).read_bytes())["dsseEnvelope"])
+    extra = f', "{name}": {envelope}}}'.encode()
+    first = genuine.rstrip()
+    for bundle in (first[:-1] + extra, b"{" + extra[2:-1] + b", " + first[1:]):
+        assert json.loads(bundle)
+        (delta / SIGNATURE).write_bytes(bundle)
+        with pytest.raises(BadSignature, match="field"):
+            hubdiff.verify(delta, signature=Trust(key=public))
+
+
 def test_keys_of_the_wrong_kind_are_refused_in_words(delta: Path, tmp_path: Path) -> None:
     private, _ = new_key(tmp_path, "mine")
     hubdiff.sign(delta, key=private)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from hubdiff.cli import _command as shared
 from hubdiff.cli._output import Page, Session, pass_session
+
+if TYPE_CHECKING:
+    from hubdiff.graph import Graph
 
 
 @click.command(
@@ -65,12 +69,10 @@ def command(session: Session, repo: str, format: str, html: str | None, depth: i
     session.show(graph.as_json(), draw)
 
 
-def _write(file: Path, graph: object) -> None:
-    from hubdiff.graph import Graph
+def _write(file: Path, graph: Graph) -> None:
     from hubdiff.lineage_page import lineage_page
     from hubdiff.writer import disk_errors
 
-    assert isinstance(graph, Graph)
     page = lineage_page(graph).encode(errors="replace")
     with disk_errors(file):
         file.write_bytes(page)

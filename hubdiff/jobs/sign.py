@@ -55,8 +55,11 @@ def sign(delta: str | Path, *, key: str | Path | None = None) -> Signed:
         file, new = ref.path / SIGNATURE, ref.path / f".{SIGNATURE}.part"
         with disk_errors(file):
             new.unlink(missing_ok=True)
-            new.write_bytes(data)
-            os.replace(new, file)  # a link that stands there is replaced, not followed
+            try:
+                new.write_bytes(data)
+                os.replace(new, file)  # a link that stands there is replaced, not followed
+            finally:
+                new.unlink(missing_ok=True)  # a full disk leaves nothing behind
         return Signed(str(tree.pin), by)
     from hubdiff.hub import HubUpload
 
