@@ -24,6 +24,7 @@ from hubdiff.checkpoint import MANIFEST
 from hubdiff.errors import NewerFormat, NotADelta
 from hubdiff.files import FileTree
 from hubdiff.names import Rename
+from hubdiff.rows import Cut
 from hubdiff.safetensors_io import (
     DTYPE_BITS,
     MAX_HEADER_BYTES,
@@ -209,6 +210,9 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Manifest:
+    """``rows`` says which vocabulary tensors are cut, by the names of their records: those hold the
+    rows that the base has too, and what the tuned model has beyond them is an added tensor."""
+
     hubdiff_version: str
     base: Side
     tuned: Side
@@ -227,6 +231,7 @@ class Manifest:
     adapter: tuple[AdapterTensor, ...] | None = None
     lossy: Lossy | None = None
     sample: sampling.Sample | None = None
+    rows: dict[str, Cut] = field(default_factory=dict)
     policy: dict[str, str] = field(
         default_factory=lambda: {"only_in_tuned": "add", "only_in_base": "keep"}
     )
@@ -284,6 +289,8 @@ class Manifest:
             document["lossy"] = asdict(self.lossy)
         if self.sample is not None:
             document["sample"] = sampling.to_json(self.sample)
+        if self.rows:
+            document["rows"] = {name: asdict(cut) for name, cut in self.rows.items()}
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -360,10 +367,24 @@ def _manifest(root: fields.Fields) -> Manifest:
         sample=sampling.from_json(root.child("sample"), sampled_counts(tensors))
         if "sample" in root
         else None,
+        rows=_rows(root, tensors) if "rows" in root else {},
         policy=root.get("policy", fields.string_map),
     )
     _check_names(manifest, root)
     return manifest
+
+
+def _rows(root: fields.Fields, tensors: Iterable[TensorRecord]) -> dict[str, Cut]:
+    """Where vocabulary tensors are cut: behind the rows of their records."""
+    shapes = {record.name: record.shape for record in tensors}
+    cuts, reader = {}, root.child("rows")
+    for name in root.get("rows", fields.mapping):
+        one = reader.child(name)
+        cut = Cut(one.get("shared", fields.natural), one.get("base", fields.optional(fields.natural)))
+        if shapes.get(name, ())[:1] != (cut.shared,):
+            raise reader.bad(name, f"is cut behind {cut.shared:,} rows, which no record has")
+        cuts[name] = cut
+    return cuts
 
 
 def sampled_counts(tensors: Iterable[TensorRecord]) -> dict[str, int]:

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 
 _MAX_DEPTH = 3  # components a prefix may have; "model.language_model." has two
 _SAMPLE = 64  # unmatched names that are looked at to find a rename
-_VOCABULARY_WORDS = ("embed", "wte", "lm_head", "word_embeddings", "output.weight", "decoder")
+_VOCABULARY_WORDS = (
+    *("embed", "wte", "lm_head", "word_embeddings", "output.weight", "decoder", "shared.weight"),
+    "predictions.bias",
+)
 
 
 @dataclass(frozen=True)
@@ -104,5 +107,10 @@ def differs_in_rows_only(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> b
         and len(a) in (1, 2)
         and a[0] != b[0]
         and a[1:] == b[1:]
-        and any(word in name for word in _VOCABULARY_WORDS)
+        and has_vocabulary_word(name)
     )
+
+
+def has_vocabulary_word(name: str) -> bool:
+    """Whether a tensor may be an embedding or an output head, going by its name."""
+    return any(word in name for word in _VOCABULARY_WORDS)

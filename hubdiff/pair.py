@@ -11,6 +11,7 @@ from hubdiff.checkpoint import Checkpoint, Placed
 from hubdiff.configs import quantised
 from hubdiff.errors import CannotDiff, ShapeMismatch, VocabularyMismatch
 from hubdiff.names import Rename, differs_in_rows_only, match_names
+from hubdiff.rows import whole_name
 from hubdiff.safetensors_io import DTYPE_BITS
 
 FLOATS = frozenset({"BF16", "F16", "F32"})
@@ -37,6 +38,8 @@ class Filters:
         return bool(self.include or self.exclude)
 
     def takes(self, name: str) -> bool:
+        """Whether a tensor takes part, or the tensor that these rows are of."""
+        name = whole_name(name)
         included = not self.include or any(fnmatchcase(name, glob) for glob in self.include)
         return included and not any(fnmatchcase(name, glob) for glob in self.exclude)
 

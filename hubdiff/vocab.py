@@ -47,6 +47,24 @@ def files_of(tree: FileTree) -> Files:
     return lambda path: tree.read_bytes(path) if path in tree.files() else None
 
 
+def same_vocabulary(one: FileTree, other: FileTree) -> bool:
+    """Whether the files that say which token stands for which row are the same files."""
+    listed = one.files(), other.files()
+    found = [path for path in _FILES if any(path in files for files in listed)]
+    return bool(found) and all(
+        path in listed[0] and path in listed[1] and _same_file(one, other, path) for path in found
+    )
+
+
+def _same_file(one: FileTree, other: FileTree, path: str) -> bool:
+    mine, theirs = one.files()[path], other.files()[path]
+    if mine.size != theirs.size:
+        return False
+    if mine.sha256 and theirs.sha256:
+        return mine.sha256 == theirs.sha256
+    return one.read_bytes(path) == other.read_bytes(path)
+
+
 def vocabulary_of(tree: FileTree) -> Vocabulary | None:
     """Which token stands for which row in the model of ``tree``."""
     return read_vocabulary(files_of(tree))
@@ -61,7 +79,7 @@ def read_vocabulary(files: Files) -> Vocabulary | None:
         try:
             rows = parse(data)
             if path != "tokenizer.json":
-                rows |= _ids(json.loads(files("added_tokens.json") or b"{}"))
+                rows |= _ids(json.loads(files(_ADDED) or b"{}"))
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return None
         return _checked(rows)
@@ -109,6 +127,8 @@ _FORMATS: dict[str, Callable[[bytes], dict[str, int]]] = {
     "vocab.json": lambda data: _ids(json.loads(data)),
     "vocab.txt": _vocab_txt,
 }
+_ADDED = "added_tokens.json"
+_FILES = (*_FORMATS, _ADDED)
 
 
 def special_tokens(files: Files) -> dict[str, str]:
@@ -148,11 +168,12 @@ def _object(data: bytes | None) -> dict[str, Any]:
 # --- in a delta ---
 
 FILE = "vocabulary.json.zst"
+BASE_FILE = "base-vocabulary.json.zst"
 _LARGEST = 64 << 20
 
 
 def pack(vocabulary: Vocabulary) -> bytes:
-    """The file of a delta that holds the vocabulary of its tuned model."""
+    """The file of a delta that holds the vocabulary of its tuned model, or its base's."""
     import zstandard
 
     text = json.dumps(dict(vocabulary.rows), ensure_ascii=False, separators=(",", ":"))

@@ -40,13 +40,15 @@ from hubdiff.progress import Progress, Silent
 from hubdiff.provenance import code_provenance
 from hubdiff.ranks import ALONE, Ranks
 from hubdiff.refs import ModelRef
+from hubdiff.rows import Cut, cut_models, whole_name
 from hubdiff.sample import FILE as SAMPLE
 from hubdiff.sample import Sample, choose, encode
 from hubdiff.sidecars import NotCarried as StaysBehind
 from hubdiff.sidecars import classify
 from hubdiff.summary import percent, size_text
+from hubdiff.vocab import BASE_FILE as BASE_VOCABULARY
 from hubdiff.vocab import FILE as VOCABULARY
-from hubdiff.vocab import pack, vocabulary_of
+from hubdiff.vocab import pack, same_vocabulary, vocabulary_of
 from hubdiff.writer import DELTA, Published, Sink, open_sink
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ DELTA_INDEX = "delta.safetensors.index.json"
 # megabytes is a toy's, and costs nobody anything.
 WORTH = 0.9
 _NOT_ASKED = 16 << 20
-BASE_CONFIGS = ("config.json", "generation_config.json")
+BASE_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,11 @@ def push_delta(
         )
         assert other is not None
         adapter = place_adapter(one, other) if adapted else None
-        pair = adapter.pair if adapter else pair_models(one, other, master, filters)
+        cuts: dict[str, Cut] = {}
+        if adapter is None:
+            cut = cut_models(one, other, master)
+            cuts = cut.cuts
+        pair = adapter.pair if adapter else pair_models(cut.tuned, cut.base, cut.master, filters)
         plan = _plan(pair, destination, dry_run, again=truncation is not None)
         if dry_run:
             return plan
@@ -197,7 +203,7 @@ def push_delta(
         with open_sink(
             destination, DELTA, reads=reads, force=force, private=private, pr=pr, ranks=ranks
         ) as sink:
-            push = _Push(pair, adapter, sink, destination, progress, ranks)
+            push = _Push(pair, adapter, cuts, sink, destination, progress, ranks)
             manifest = push.run(plain, truncation, force)
             published = Published("")
             if ranks.first:
@@ -331,12 +337,13 @@ class _Push:
         self,
         pair: Pair,
         adapter: Adapter | None,
+        cuts: dict[str, Cut],
         sink: Sink,
         destination: ModelRef,
         progress: Progress,
         ranks: Ranks,
     ) -> None:
-        self._pair, self._adapter, self._sink = pair, adapter, sink
+        self._pair, self._adapter, self._cuts, self._sink = pair, adapter, cuts, sink
         self._destination, self._progress = destination, progress
         self._ranks = ranks
         self._sample = _choose_sample(pair, adapter)
@@ -403,13 +410,18 @@ class _Push:
         return record
 
     def _put_vocabulary(self) -> None:
-        """Which token stands for which row of the tuned model: an adapter's repo often has no
-        tokenizer, and then its rows are those of the base."""
-        trees = (self._pair.tuned.tree, self._pair.base.tree)
-        found = [vocabulary_of(tree) for tree in (trees if self._adapter else trees[:1])]
-        known = next((vocabulary for vocabulary in found if vocabulary), None)
-        if known is not None:
-            self._put(VOCABULARY, pack(known))
+        """Which token stands for which row of the tuned model, and of the base where it is another.
+        An adapter's repo often has no tokenizer, and then its rows are those of the base."""
+        tuned, base = self._pair.tuned.tree, self._pair.base.tree
+        ours = vocabulary_of(tuned)
+        theirs = ours if same_vocabulary(tuned, base) else vocabulary_of(base)
+        if ours is None and self._adapter is not None:
+            ours = theirs
+        if ours is None:
+            return
+        self._put(VOCABULARY, pack(ours))
+        if theirs is not None and theirs != ours:
+            self._put(BASE_VOCABULARY, pack(theirs))
 
     def _tuned_side_files(self) -> tuple[list[TunedFile], list[NotCarried]]:
         """Store what tuned has besides its weights, unless the base has the very same file. An
@@ -469,9 +481,12 @@ class _Push:
                 record
                 for record in self.files
                 if record.path.startswith(("tuned/", "base/"))
-                or record.path in (DELTA_INDEX, SAMPLE, VOCABULARY)
+                or record.path in (DELTA_INDEX, SAMPLE, VOCABULARY, BASE_VOCABULARY)
             ),
             rename=pair.rename,
+            rows={
+                name: cut for name, cut in self._cuts.items() if pair.filters.takes(name)
+            },
             aliases=_aliases(extracted.tensors),
             adapter=self._adapter.tensors if self._adapter else None,
             sample=self._sample,
@@ -542,7 +557,7 @@ def _aliases(records: Sequence[TensorRecord]) -> dict[str, str]:
     """Output heads that are the input embedding, bit for bit, before and after the tune."""
     aliases = {}
     for head in records:
-        if not head.tuned_name.endswith(HEADS):
+        if not whole_name(head.tuned_name).endswith(HEADS):
             continue
         for other in records:
             same = other.name != head.name and other.tuned == head.tuned is not None

@@ -15,6 +15,7 @@ from hubdiff.hashing import check_hash, hash_reader
 from hubdiff.jobs.chain import Link, check_chain
 from hubdiff.manifest import GROUPS, FileRecord, TensorRecord
 from hubdiff.plan import OWN_BASE, Weighted, make_plan
+from hubdiff.plan.recognise import cut_at_rows
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.safetensors_io import TensorEntry, tensor_bytes
@@ -154,6 +155,7 @@ def _check_base(delta: Delta, base: Checkpoint) -> int:
     from hubdiff.hashing import tensor_hash
     from hubdiff.stream import read_ranges, span_range
 
+    base = cut_at_rows(delta, base)
     records = [record for record in delta.manifest.tensors if not record.added]
     for record in records:
         placed = base.tensors.get(record.name)
@@ -175,6 +177,7 @@ def _check_sample(delta: Delta, base: Checkpoint) -> int | None:
     """The base's values in the sample."""
     from hubdiff.forecast import Look, require_base
 
+    base = cut_at_rows(delta, base)
     at = Look.of(delta, base, {name: name for name in delta.records if name in base.tensors})
     return None if at is None else require_base(at)
 

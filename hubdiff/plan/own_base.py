@@ -6,7 +6,7 @@ from hubdiff.checkpoint import Checkpoint
 from hubdiff.delta import Delta
 from hubdiff.errors import BadManifest
 from hubdiff.manifest import GROUPS, TensorRecord
-from hubdiff.plan.recognise import Verdict
+from hubdiff.plan.recognise import Verdict, cut_at_rows
 from hubdiff.plan.types import (
     OWN_BASE,
     MergePlan,
@@ -17,6 +17,7 @@ from hubdiff.plan.types import (
     WholeFile,
     require_file,
 )
+from hubdiff.rows import cut_header
 from hubdiff.safetensors_io import TensorEntry, parse_header
 from hubdiff.scales import Scales
 from hubdiff.sidecars import LeftOut
@@ -24,13 +25,15 @@ from hubdiff.sidecars import LeftOut
 
 def own_base_plan(delta: Delta, target: Checkpoint, verdict: Verdict) -> MergePlan:
     """Every file of the tuned repo: rebuilt, or copied from delta or base."""
+    target = cut_at_rows(delta, target)
+    cuts = {delta.records[name].tuned_name: (cut.shared,) for name, cut in delta.manifest.rows.items()}
     by_tuned_name = {record.tuned_name: record for record in delta.manifest.tensors}
     same = {info.sha256: path for path, info in target.tree.files().items() if info.sha256}
     weights: list[WeightsFile] = []
     files: list[WholeFile] = []
     for file in delta.manifest.tuned_files:
         if file.source == "weights" and file.sha256 not in same:
-            header = parse_header(file.header or b"", file.size, file.path)
+            header = cut_header(parse_header(file.header or b"", file.size, file.path), cuts)
             steps = {e.name: _rebuild(delta, target, by_tuned_name, e) for e in header.tensors}
             weights.append(WeightsFile(file.path, header, steps, file.sha256))
         elif file.source == "delta":

@@ -15,6 +15,7 @@ from hubdiff.delta import Delta
 from hubdiff.hashing import hash_bytes, tensor_hash
 from hubdiff.manifest import PROBE_BYTES, Side, TensorRecord
 from hubdiff.refs import PinnedRef
+from hubdiff.rows import cut_checkpoint
 
 # A tensor costs one request on the Hub; sixteen spread over the model tell any two models apart.
 REMOTE_PROBES = 16
@@ -31,6 +32,11 @@ class Verdict:
 
 def recognise(delta: Delta, target: Checkpoint) -> Verdict:
     """Compare target and base. Reads a few KB at the most."""
+    for name, cut in delta.manifest.rows.items():
+        whole = target.tensors.get(name)
+        if cut.base is not None and whole and whole.entry.shape[:1] != (cut.base,):
+            return Verdict(False, True, f"{name} has another number of rows")
+    target = cut_at_rows(delta, target)
     missing = _missing_side_file(delta, target)
     if missing:
         return Verdict(False, True, f"it lacks {missing}, which the own base has")
@@ -53,6 +59,13 @@ def recognise(delta: Delta, target: Checkpoint) -> Verdict:
         if not _probe_matches(record, target):
             return Verdict(False, True, f"{record.name} differs from the base's")
     return Verdict(True, False, "its tensors have the base's fingerprints")
+
+
+def cut_at_rows(delta: Delta, base: Checkpoint) -> Checkpoint:
+    """The delta's base as its records have it: with the rows of each tensor that were compared."""
+    rows = delta.manifest.rows
+    shared = {name: cut.shared for name, cut in rows.items() if cut.base is not None}
+    return cut_checkpoint(base, shared, rest=False)
 
 
 def same_pin(base: Side, pin: PinnedRef) -> bool:

@@ -37,7 +37,7 @@ DELTA = Kind(
     # A signature is of the manifest it was made for, and goes with it.
     (
         *("delta-*", "tail-*", "exact-*", "delta.safetensors.index.json", "tuned/*", "base/*"),
-        *("sample.safetensors", "vocabulary.json.zst", "hubdiff.sig"),
+        *("sample.safetensors", "vocabulary.json.zst", "base-vocabulary.json.zst", "hubdiff.sig"),
     ),
 )
 RESULT = Kind("result", "hubdiff-result.json", ("*.safetensors", "*.safetensors.index.json"))

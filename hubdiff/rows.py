@@ -1,0 +1,181 @@
+"""Vocabulary tensors, embeddings and output heads, cut into runs of rows.
+
+Where a tuned model has rows that its base has not, the rows that both use are compared and the rest
+travels as it is. For all that compares and merges these are two tensors: the first rows keep the
+name, the rest is called ``NAME[rows:]``. The files stay as they are, header and all; only what
+their headers are read as is finer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from hubdiff.checkpoint import Checkpoint, Placed
+from hubdiff.names import has_vocabulary_word, match_names
+from hubdiff.safetensors_io import DTYPE_BITS, Header, TensorEntry
+from hubdiff.vocab import Vocabulary, same_vocabulary, vocabulary_of
+
+_CUT = re.compile(r"\[\d*:\d*\]$")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a tensor is cut: its first ``shared`` rows are compared. ``base`` is how many rows the
+    base's tensor has in all; None where the base has no such tensor."""
+
+    shared: int
+    base: int | None
+
+
+def whole_name(name: str) -> str:
+    """The name of the tensor that a run of rows is of."""
+    return _CUT.sub("", name)
+
+
+def run_of(entry: TensorEntry, first: int, last: int) -> TensorEntry:
+    """The rows ``first`` to ``last`` of a tensor, as a tensor of their own. Those from row 0 on keep
+    the name; rows up to the last one are called ``NAME[first:]``."""
+    rows = entry.shape[0]
+    size = entry.nbytes // rows if rows else 0
+    end = "" if last == rows else last
+    name = f"{entry.name}[{first}:{end}]" if first else entry.name
+    begin = entry.begin
+    shape = (last - first, *entry.shape[1:])
+    return TensorEntry(name, entry.dtype, shape, begin + first * size, begin + last * size)
+
+
+def cut_entry(entry: TensorEntry, at: Iterable[int]) -> tuple[TensorEntry, ...]:
+    """A tensor as the runs of rows between the ones given."""
+    rows = entry.shape[0]
+    edges = [0, *sorted({row for row in at if 0 < row < rows}), rows]
+    return tuple(run_of(entry, *edge) for edge in zip(edges, edges[1:], strict=False))
+
+
+def cut_header(header: Header, rows: Mapping[str, Iterable[int]]) -> Header:
+    """The header with the tensors that ``rows`` names cut at its rows."""
+    tensors = [
+        part
+        for entry in header.tensors
+        for part in (cut_entry(entry, rows[entry.name]) if entry.name in rows else (entry,))
+    ]
+    return replace(header, tensors=tuple(tensors))
+
+
+def cut_checkpoint(checkpoint: Checkpoint, shared: Mapping[str, int], *, rest: bool) -> Checkpoint:
+    """The same files, open once, with the tensors that ``shared`` names cut behind so many rows.
+    Without ``rest`` what comes after them is no tensor, only bytes of the file."""
+    if not shared:
+        return checkpoint
+    at = {name: (rows,) for name, rows in shared.items()}
+    shards = {file: cut_header(header, at) for file, header in checkpoint.shards.items()}
+    tensors = {
+        entry.name: Placed(file, entry)
+        for file, header in shards.items()
+        for entry in header.tensors
+        if rest or entry.name == whole_name(entry.name) or entry.name in checkpoint.tensors
+    }
+    return replace(checkpoint, shards=shards, tensors=tensors)
+
+
+# --- where a tuned model and its base part ---
+
+
+@dataclass(frozen=True)
+class CutModels:
+    """Tuned model, base and masters, cut where their vocabularies part; ``cuts`` says where, by the
+    names of the base (the tuned model's, for a tensor that the base does not have)."""
+
+    tuned: Checkpoint
+    base: Checkpoint
+    master: Checkpoint | None
+    cuts: dict[str, Cut]
+
+
+def cut_models(tuned: Checkpoint, base: Checkpoint, master: Checkpoint | None) -> CutModels:
+    """Nothing is cut where the tokenizers can't be read, or where a token that both have does not
+    stand for one row."""
+    tables = _Tables.of(tuned, base)
+    shared = tables and tables.shared(tuned, base)
+    if tables is None or shared is None:
+        return CutModels(tuned, base, master, {})
+    theirs = {other: shared for other in tables.names.values() if other is not None}
+    if master is not None:
+        pairs = match_names(tuned.tensors, master.tensors).pairs
+        masters = {pairs[name]: shared for name in tables.names if name in pairs}
+        master = cut_checkpoint(master, masters, rest=True)
+    cuts = {
+        other or name: Cut(shared, None if other is None else tables.base_rows)
+        for name, other in tables.names.items()
+    }
+    return CutModels(
+        cut_checkpoint(tuned, dict.fromkeys(tables.names, shared), rest=True),
+        cut_checkpoint(base, theirs, rest=False),
+        master,
+        cuts,
+    )
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """The vocabulary tensors of a tuned model with those of its base that they belong to."""
+
+    names: Mapping[str, str | None]
+    tuned_rows: int
+    base_rows: int
+
+    @classmethod
+    def of(cls, tuned: Checkpoint, base: Checkpoint) -> _Tables | None:
+        pairs = match_names(tuned.tensors, base.tensors).pairs
+        found = {
+            (name, other): (tuned.tensors[name].entry, base.tensors[other].entry)
+            for name, other in pairs.items()
+            if has_vocabulary_word(name)
+        }
+        counts = {
+            (one.shape[0], two.shape[0])
+            for one, two in found.values()
+            if one.shape and two.shape and one.shape[1:] == two.shape[1:]
+        }
+        unlike = {count for count in counts if count[0] != count[1]}
+        chosen = unlike or {max(counts, default=(0, 0))}
+        if len(chosen) != 1:
+            return None
+        ((ours, theirs),) = chosen
+        names: dict[str, str | None] = {}
+        for name, placed in tuned.tensors.items():
+            entry, other = placed.entry, pairs.get(name)
+            if not has_vocabulary_word(name) or entry.shape[:1] != (ours,):
+                continue
+            if DTYPE_BITS[entry.dtype] < 8:
+                return None
+            if other is None or base.tensors[other].entry.shape == (theirs, *entry.shape[1:]):
+                names[name] = other
+        return cls(names, ours, theirs) if any(names.values()) else None
+
+    def shared(self, tuned: Checkpoint, base: Checkpoint) -> int | None:
+        """How many rows are compared; None where all are, or it can't be told."""
+        if self.tuned_rows == self.base_rows and same_vocabulary(tuned.tree, base.tree):
+            return None
+        ours, theirs = vocabulary_of(tuned.tree), vocabulary_of(base.tree)
+        if ours is None or theirs is None:
+            return None
+        shared = min(self.tuned_rows, self.base_rows)
+        if _new_tokens_within(ours, theirs, shared):
+            shared = theirs.size
+        if shared == self.tuned_rows == self.base_rows:
+            return None
+        return None if _moved(ours, theirs) else shared
+
+
+def _new_tokens_within(ours: Vocabulary, theirs: Vocabulary, rows: int) -> bool:
+    """Whether the tuned model has tokens of its own in rows that the base has no token for: they
+    are new, whatever the base's bytes there may be."""
+    return any(
+        theirs.size <= row < rows for token, row in ours.rows.items() if token not in theirs.rows
+    )
+
+
+def _moved(ours: Vocabulary, theirs: Vocabulary) -> bool:
+    return any(theirs.rows.get(token, row) != row for token, row in ours.rows.items())
