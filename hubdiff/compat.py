@@ -15,18 +15,16 @@ from hubdiff.facts import facts
 from hubdiff.files import FileTree
 from hubdiff.hashing import check_hash, hash_bytes
 from hubdiff.licences import Side, conflicts
-from hubdiff.names import match_names
+from hubdiff.names import differs_in_rows_only, match_names
 from hubdiff.plan import OWN_BASE, MergePlan, Weighted, make_plan
+from hubdiff.plan.alignment import ALIGN, Alignment, tuned_vocabulary
 from hubdiff.plan.recognise import same_pin
 from hubdiff.plan.side_files import carried_json
-from hubdiff.vocab import FILE as VOCABULARY
 from hubdiff.vocab import (
     Files,
-    Vocabulary,
     chat_template,
     files_of,
     special_tokens,
-    unpack,
     vocabulary_of,
 )
 
@@ -65,11 +63,11 @@ class Compatibility:
         return self.plan is not None and self.plan.case == OWN_BASE
 
 
-def compatibility(delta: Delta, target: Checkpoint) -> Compatibility:
-    """Look at everything but weights. Raises ``HubdiffError`` only for files that can't be read."""
+def compatibility(delta: Delta, target: Checkpoint, vocab: str | None = None) -> Compatibility:
+    """Look at everything but weights; ``vocab`` as ``make_plan`` takes it. Raises ``HubdiffError`` only for files that can't be read."""
     plan = stop = None
     try:
-        plan = make_plan([Weighted(delta)], target)
+        plan = make_plan([Weighted(delta)], target, vocab=vocab)
     except CannotApply as error:
         stop = error
     findings = list(findings_on(delta, target, plan))
@@ -92,8 +90,10 @@ class _Comparison:
         records = [record for record in self._manifest.tensors if not record.added]
         self._records = {record.name: record for record in records}
         self._pairs = match_names(list(self._records), target.tensors).pairs
+        self._alignment: Alignment | None = None
 
     def findings(self, plan: MergePlan | None) -> list[Finding]:
+        self._alignment = plan and plan.alignment_of(self._delta)
         return [
             self._base(plan),
             self._names(),
@@ -135,14 +135,21 @@ class _Comparison:
         return Finding("tensor names", DOUBT if changed else DIFFERS, "; ".join(texts))
 
     def _shapes(self) -> Finding:
-        unlike = [
-            f"{name} {list(self._records[name].shape)} and {list(entry.shape)}"
+        unlike = {
+            name: f"{name} {list(self._records[name].shape)} and {list(entry.shape)}"
             for name, other in self._pairs.items()
             if (entry := self._target.tensors[other].entry).shape != self._records[name].shape
-        ]
+        }
         if unlike:
-            return Finding("shapes", DOUBT, f"{len(unlike):,} differ: {_some(unlike)}")
+            text = f"{len(unlike):,} differ: {_some(list(unlike.values()))}"
+            if self._alignment is not None and all(map(self._differs_in_rows, unlike)):
+                return Finding("shapes", DIFFERS, f"{text}, in rows of the vocabulary only")
+            return Finding("shapes", DOUBT, text)
         return Finding("shapes", SAME, "all alike")
+
+    def _differs_in_rows(self, name: str) -> bool:
+        theirs = self._target.tensors[self._pairs[name]].entry.shape
+        return differs_in_rows_only(name, self._records[name].shape, theirs)
 
     def _dtypes(self) -> Finding:
         ours = {self._records[name].base_dtype for name in self._pairs}
@@ -188,6 +195,9 @@ class _Comparison:
         if ours is None or theirs is None:
             whose = "the delta's" if ours is None else "the target's"
             return Finding("tokens", UNKNOWN, f"{whose} tokenizer can't be read")
+        if self._alignment is not None and self._alignment.mode == ALIGN:
+            few = 2 * self._alignment.matched < len(ours.rows)
+            return Finding("tokens", DOUBT if few else DIFFERS, str(self._alignment))
         if ours.rows == theirs.rows:
             return Finding("tokens", SAME, f"{ours.size:,}, each for the same row")
         moved = [t for t, row in ours.rows.items() if theirs.rows.get(t, row) != row]
@@ -304,14 +314,3 @@ def tuned_files(delta: Delta, target: FileTree) -> Files:
         return data if hash_bytes(data) == file.sha256 else None
 
     return read
-
-
-def tuned_vocabulary(delta: Delta) -> Vocabulary | None:
-    """That of the tuned model, as the delta has it."""
-    record = next((f for f in delta.manifest.side_files if f.path == VOCABULARY), None)
-    if record is None or VOCABULARY not in delta.tree.files():
-        return None
-    where = f"{delta.tree.pin}/{VOCABULARY}"
-    data = delta.tree.read_bytes(VOCABULARY)
-    check_hash(hash_bytes(data), record.sha256, where)
-    return unpack(data, where)

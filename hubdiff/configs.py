@@ -83,6 +83,9 @@ CONFIG_RULES = MergeRules(
     target_only=("dtype", "torch_dtype"),
 )
 GENERATION_RULES = MergeRules()
+TOKENIZER_RULES = MergeRules(structural=re.compile(r"added_tokens_decoder|tokenizer_class"))
+# Where a multimodal config keeps that of its language model.
+SUB_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 # Who wrote the file: merged like any field, never worth a note.
 _SILENT = frozenset({"transformers_version", "_name_or_path", "_commit_hash"})
@@ -248,5 +251,4 @@ def tied(config: Mapping[str, Any]) -> bool | None:
 
 def _sub_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The text model first: in a multimodal config it is the one that has a vocabulary."""
-    names = ("text_config", "llm_config", "language_config", "thinker_config")
-    return [config[name] for name in names if isinstance(config.get(name), Mapping)]
+    return [config[name] for name in SUB_CONFIGS if isinstance(config.get(name), Mapping)]

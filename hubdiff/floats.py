@@ -23,3 +23,15 @@ def bf16(values: np.ndarray) -> np.ndarray:
     rounded = ((bits.astype(np.uint64) + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
     rounded[np.isnan(values)] = _QUIET_NAN
     return rounded
+
+
+def to_dtype(patterns: np.ndarray, dtype: str, wanted: str) -> np.ndarray:
+    """Patterns of ``dtype`` as those of another, rounded to nearest even where it is narrower."""
+    if dtype == wanted:
+        return patterns
+    values = floats(patterns, dtype)
+    if wanted == "BF16":
+        return bf16(values)
+    size = {"F16": 2, "F32": 4, "F64": 8}[wanted]
+    with np.errstate(over="ignore"):  # what is too large for F16 is infinite there
+        return values.astype(f"<f{size}").view(f"<u{size}")

@@ -7,6 +7,7 @@ estimate: each sampled element stands for the elements of its tensor that were n
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ from hubdiff.errors import BadManifest, IntegrityError
 from hubdiff.floats import BYTES, bf16, floats
 from hubdiff.hashing import check_hash, hash_bytes
 from hubdiff.payloads import DAMAGED
+from hubdiff.rows import Run
 from hubdiff.sample import Piece, Sample, Values
 from hubdiff.stream import Range, read_ranges, run_ordered, workers_for
 
@@ -156,15 +158,26 @@ class Forecast:
 @dataclass(frozen=True)
 class Look:
     """What is to be read to compare ``target`` with the base of ``delta``: its sample, and the
-    blocks of the target's tensors that ``partners`` names for those of the base."""
+    blocks of the target's tensors that ``partners`` names for those of the base. ``rows`` are the
+    runs of rows that ``aligned`` ones of them have in the target; blocks that are not whole in one
+    are left out."""
 
     delta: Delta
     sample: Sample
     target: Checkpoint
     partners: Mapping[str, Placed]
+    aligned: frozenset[str] = frozenset()
+    rows: tuple[Run, ...] = ()
 
     @classmethod
-    def of(cls, delta: Delta, target: Checkpoint, partners: Mapping[str, str]) -> Look | None:
+    def of(
+        cls,
+        delta: Delta,
+        target: Checkpoint,
+        partners: Mapping[str, str],
+        aligned: frozenset[str] = frozenset(),
+        rows: tuple[Run, ...] = (),
+    ) -> Look | None:
         """None for a delta without a sample, or where no tensor has a partner of its shape."""
         found = delta.manifest.sample
         if found is None:
@@ -173,11 +186,14 @@ class Look:
             name: target.tensors[other]
             for name, other in partners.items()
             if name in found.blocks
-            and target.tensors[other].entry.shape == delta.records[name].shape
+            and (
+                name in aligned or target.tensors[other].entry.shape == delta.records[name].shape
+            )
             and target.tensors[other].entry.dtype in BYTES
         }
-        at = cls(delta, found, target, placed)
-        if not any(found.blocks[name] for name in placed):
+        by_row = tuple(sorted(rows, key=lambda run: run.row))
+        at = cls(delta, found, target, placed, aligned & set(placed), by_row)
+        if not at.requests:
             return None
         if at.target_bytes > _MOST_READ:
             raise BadManifest(
@@ -189,10 +205,26 @@ class Look:
     @cached_property
     def requests(self) -> list[Request]:
         """What is read of the target, in file order."""
-        pieces = [p for p in self.sample.pieces() if p.name in self.partners]
-        wanted = [(_range(piece, self.partners[piece.name]), piece) for piece in pieces]
+        wanted = []
+        for piece in self.sample.pieces():
+            first = self._first(piece) if piece.name in self.partners else None
+            if first is not None:
+                wanted.append((_range(piece, first, self.partners[piece.name]), piece))
         wanted.sort(key=lambda item: item[0])
         return list(_merged(wanted))
+
+    def _first(self, piece: Piece) -> int | None:
+        """The element of the target's tensor that a piece begins with; None: it has no such
+        place."""
+        if piece.name not in self.aligned:
+            return piece.first
+        width = math.prod(self.delta.records[piece.name].shape[1:])
+        begin, end = piece.first // width, -(-(piece.first + piece.count) // width)
+        index = bisect_right(self.rows, begin, key=lambda run: run.row) - 1
+        run = self.rows[index] if index >= 0 else None
+        if run is None or end > run.row + run.count:
+            return None
+        return piece.first + (run.at - run.row) * width
 
     @property
     def target_bytes(self) -> int:
@@ -217,9 +249,9 @@ class Request(NamedTuple):
     pieces: tuple[tuple[Range, Piece], ...]
 
 
-def _range(piece: Piece, placed: Placed) -> Range:
+def _range(piece: Piece, first: int, placed: Placed) -> Range:
     size = BYTES[placed.entry.dtype]
-    begin = placed.entry.begin + piece.first * size
+    begin = placed.entry.begin + first * size
     return Range(placed.file, begin, begin + piece.count * size)
 
 
@@ -304,7 +336,10 @@ def look(at: Look) -> Forecast:
     rows: dict[tuple[str, int | None, str], Moments] = {}
     weights = at.sample.weights()
     for name, moments in found.items():
-        rows[place(name)] = rows.get(place(name), Moments()).plus(moments, weights[name])
+        # Those of its blocks that the target has no place for are stood for by the others.
+        seen = moments.elements + moments.strange
+        weight = weights[name] * sum(p.count for p in at.sample.pieces_of(name)) / seen
+        rows[place(name)] = rows.get(place(name), Moments()).plus(moments, weight)
     return Forecast(
         _total(rows),
         tuple(Row(*where, moments) for where, moments in sorted(rows.items(), key=_in_order)),

@@ -24,6 +24,7 @@ from hubdiff.payloads import PayloadHashes, SpanBytes
 from hubdiff.plan import OWN_BASE, MergePlan, Step, WeightsFile, WholeFile
 from hubdiff.progress import Progress
 from hubdiff.quick import combine_quick, needs_torch
+from hubdiff.row_layer import laid_out
 from hubdiff.stream import (
     Block,
     Span,
@@ -61,6 +62,17 @@ def run(
     files = in_order(plan) if files is None else files
     if not fits_in_cache(sum(plan.reads.values()) + plan.writes):
         _read_once(plan)
+    with laid_out(files, progress) as files:
+        return _make_all(plan, sink, device, progress, files)
+
+
+def _make_all(
+    plan: MergePlan,
+    sink: Sink,
+    device: str,
+    progress: Progress,
+    files: Sequence[WeightsFile | WholeFile],
+) -> list[WrittenFile]:
     progress.start("merging", sum(map(written, files)))
     records: list[WrittenFile] = []
     trims = Trims()
@@ -348,8 +360,9 @@ class _Checker:
             self._lanes[1].feed(self._sources.stream(place.file), place.begin, item.source)
         self._tensor.update(item.source)
         if item.span.last:
-            name, digest = item.step.source.entry.name, self._tensor.hexdigest()
-            self._tensors[name] = digest
+            source, digest = item.step.source, self._tensor.hexdigest()
+            if self._plan.target.tensors.get(source.entry.name) == source:  # not only some rows
+                self._tensors[source.entry.name] = digest
             self._tensor = tensor_hash()
             if self._own_base:
                 self._check_base(item.step.terms[0].record, digest)

@@ -179,3 +179,35 @@ def _new_tokens_within(ours: Vocabulary, theirs: Vocabulary, rows: int) -> bool:
 
 def _moved(ours: Vocabulary, theirs: Vocabulary) -> bool:
     return any(theirs.rows.get(token, row) != row for token, row in ours.rows.items())
+
+
+# --- where rows go ---
+
+
+@dataclass(frozen=True)
+class Run:
+    """``count`` rows, from ``at`` on, that are made of those from ``row`` on of another tensor."""
+
+    at: int
+    row: int
+    count: int
+
+    def within(self, first: int, last: int) -> Run | None:
+        """What of it lies in the rows ``first`` to ``last``, counted from ``first``."""
+        begin, end = max(self.at, first), min(self.at + self.count, last)
+        if begin >= end:
+            return None
+        return Run(begin - first, self.row + begin - self.at, end - begin)
+
+
+def runs_of(places: Mapping[int, int]) -> tuple[Run, ...]:
+    """Rows as runs, in the order of the rows that they make: ``places`` gives of each such row the
+    row that it is made of."""
+    runs: list[Run] = []
+    for at in sorted(places):
+        row = places[at]
+        if runs and at == runs[-1].at + runs[-1].count and row == runs[-1].row + runs[-1].count:
+            runs[-1] = replace(runs[-1], count=runs[-1].count + 1)
+        else:
+            runs.append(Run(at, row, 1))
+    return tuple(runs)

@@ -50,7 +50,7 @@ def files_of(tree: FileTree) -> Files:
 def same_vocabulary(one: FileTree, other: FileTree) -> bool:
     """Whether the files that say which token stands for which row are the same files."""
     listed = one.files(), other.files()
-    found = [path for path in _FILES if any(path in files for files in listed)]
+    found = [path for path in TOKEN_FILES if any(path in files for files in listed)]
     return bool(found) and all(
         path in listed[0] and path in listed[1] and _same_file(one, other, path) for path in found
     )
@@ -128,7 +128,7 @@ _FORMATS: dict[str, Callable[[bytes], dict[str, int]]] = {
     "vocab.txt": _vocab_txt,
 }
 _ADDED = "added_tokens.json"
-_FILES = (*_FORMATS, _ADDED)
+TOKEN_FILES = (*_FORMATS, _ADDED)
 
 
 def special_tokens(files: Files) -> dict[str, str]:

@@ -62,6 +62,13 @@ def filters(subject: str) -> Callable[[F], F]:
     return decorate
 
 
+vocab = click.option(
+    "--vocab",
+    type=click.Choice(["align", "strict", "rows"]),
+    metavar="MODE",
+    help="How embedding rows are matched: align (by token), rows (by number) or strict (as they "
+    "are). Default: align where both tokenizers can be read, else strict.",
+)
 private = click.option(
     "--private", is_flag=True, help="Make the repo private; it must be new or private."
 )

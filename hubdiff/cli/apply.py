@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 @click.option(
     "--seed", type=click.IntRange(min=0), metavar="N", help="Of the draw of dare. Default: 0."
 )
+@shared.vocab
 @click.option(
     "--device",
     default="auto",
@@ -251,6 +252,10 @@ def _draw_plan(page: Page, applied: Applied) -> None:
             ("read", f"{size_text(read['target'])} target + {size_text(read['delta'])} delta"),
             ("network", size_text(read["network"])),
             ("write", size_text(plan["write"])),
+            (
+                "temporary files",
+                f"at most {size_text(plan['scratch'])}" if plan["scratch"] else None,
+            ),
             ("memory", f"at most {size_text(plan['peak_memory'])}"),
         ]
     )

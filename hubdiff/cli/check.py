@@ -32,11 +32,14 @@ EXIT_CODES = {"go": 0, "doubtful": 3, "refuse": 4}
 )
 @click.argument("delta")
 @click.option("--to", required=True, metavar="TARGET", help="The model it is meant for.")
+@shared.vocab
 @click.option("--plot", metavar="FILE", help="Draw the forecast, layer by layer, as a PNG.")
 @shared.cache
 @shared.json_output
 @pass_session
-def command(session: Session, delta: str, to: str, plot: str | None, cache: bool) -> int:
+def command(
+    session: Session, delta: str, to: str, vocab: str | None, plot: str | None, cache: bool
+) -> int:
     """Say whether DELTA can be put on TARGET, and whether the result would be worth anything.
 
     Reads headers, configs and tokenizers, and a sample of TARGET's weights: at most 64 MB. The base
@@ -47,7 +50,7 @@ def command(session: Session, delta: str, to: str, plot: str | None, cache: bool
     from hubdiff.jobs.check import check
 
     with session.working() as progress:
-        checked = check(delta, to, plot=plot, cache=cache, progress=progress)
+        checked = check(delta, to, vocab=vocab, plot=plot, cache=cache, progress=progress)
     session.show(checked.as_json(), lambda page: _draw(page, checked, plot))
     return EXIT_CODES[checked.verdict.level]
 

@@ -17,7 +17,14 @@ from hubdiff.errors import NotAdvised, RefError, WrongBase
 from hubdiff.facts import RepoFacts, facts, facts_in, keeps_private, note_problems
 from hubdiff.hashing import hash_bytes
 from hubdiff.jobs.advice import advice
-from hubdiff.jobs.merging import DeltaRef, choose_device, method_of, opened_models, run_plan
+from hubdiff.jobs.merging import (
+    DeltaRef,
+    choose_device,
+    method_of,
+    opened_models,
+    run_plan,
+    vocab_mode,
+)
 from hubdiff.jobs.record import result_message, result_record
 from hubdiff.jobs.together import conclude, glimpse, hand_in, publish
 from hubdiff.manifest import WrittenFile, written_file
@@ -85,6 +92,7 @@ def apply(
     method: str = "linear",
     density: float | None = None,
     seed: int | None = None,
+    vocab: str | None = None,
     device: str = "auto",
     include: str | Sequence[str] = (),
     exclude: str | Sequence[str] = (),
@@ -114,6 +122,11 @@ def apply(
         method: ``linear`` (the weighted sum), ``ties`` or ``dare``.
         density: the share of each Δ that ``ties`` keeps (0.2 unless given) or ``dare`` draws.
         seed: of the draw of ``dare``; 0 unless given.
+        vocab: how the rows of embedding and head find each other. ``align``: by the token they
+            stand for; a token new in the tuned model brings its row, one that it does not know
+            keeps the target's. ``rows``: by number, whatever they stand for. ``strict``: not at
+            all, and vocabularies that differ are refused. By default ``align`` where both
+            tokenizers can be read, else ``strict``.
         device: ``auto`` (CUDA where there is one, else CPU), ``cpu``, ``cuda[:N]``, ``mps``.
         include, exclude: globs on the delta's tensor names.
         force: replace what stands at ``output`` or ``push_to``; also make a result that ``check``
@@ -132,6 +145,7 @@ def apply(
     """
     began = time.monotonic()
     scales, merging = Scales.of(scale), method_of(method, density, seed)
+    vocab = vocab_mode(vocab)
     destination = _destination(output, push_to)
     filters = Filters.of(include, exclude)
     # A dry run reads no weights: it must not fill the cache with them either.
@@ -139,14 +153,16 @@ def apply(
         if signature is not None:
             for item in opened:
                 check_signature(item.delta.tree, signature)
-        plan = make_plan(opened, target, scale=scales, method=merging, filters=filters)
+        plan = make_plan(
+            opened, target, scale=scales, method=merging, filters=filters, vocab=vocab
+        )
         if dry_run:
             return Applied(plan.as_json(), True, str(destination))
         watched = ranks.watched(progress or Silent())
         job = _Apply(
             destination, filters, device, private, public, pr, force, command, watched, ranks
         )
-        applied = run_plan(plan, filters, job.run)
+        applied = run_plan(plan, filters, vocab, job.run)
     return replace(applied, seconds=time.monotonic() - began)
 
 

@@ -13,6 +13,7 @@ from hubdiff.delta import open_delta_tree
 from hubdiff.files import open_tree
 from hubdiff.forecast import Forecast
 from hubdiff.jobs.advice import forecasts, reasons_of
+from hubdiff.jobs.merging import vocab_mode
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.verdict import THRESHOLDS, Verdict, judge
@@ -58,6 +59,7 @@ def check(
     delta: str | Path,
     to: str | Path,
     *,
+    vocab: str | None = None,
     plot: str | Path | None = None,
     cache: bool = False,
     progress: Progress | None = None,
@@ -69,6 +71,7 @@ def check(
 
     Args:
         delta, to: refs (``org/name``, ``org/name@revision``, ``hf://…``) or folders.
+        vocab: how rows of two vocabularies are matched, as ``apply`` takes it.
         plot: where to write a picture of the forecast, layer by layer, as a PNG.
         cache: keep what is downloaded in the local Hub cache.
 
@@ -81,7 +84,7 @@ def check(
         tree = open_tree(ModelRef.parse(delta), cache=cache)
         opened = stack.enter_context(open_delta_tree(tree))
         target = stack.enter_context(open_checkpoint(open_tree(ModelRef.parse(to), cache=cache)))
-        found = compatibility(opened, target)
+        found = compatibility(opened, target, vocab_mode(vocab))
         forecast = None
         if found.plan is not None and not found.own_base:
             (forecast,) = forecasts(found.plan)

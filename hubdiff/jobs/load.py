@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 from hubdiff.configs import quantised
 from hubdiff.errors import CheckpointError, HubdiffError
 from hubdiff.jobs.apply import apply
-from hubdiff.jobs.merging import DeltaRef, choose_device, method_of, opened_models, run_plan
+from hubdiff.jobs.merging import (
+    DeltaRef,
+    choose_device,
+    method_of,
+    opened_models,
+    run_plan,
+    vocab_mode,
+)
 from hubdiff.pair import Filters
 from hubdiff.plan import OWN_BASE, MergePlan, make_plan
 from hubdiff.progress import Silent
@@ -54,6 +61,7 @@ def load(
     method: str = "linear",
     density: float | None = None,
     seed: int | None = None,
+    vocab: str | None = None,
     device: str = "auto",
     cache: bool = False,
     **from_pretrained_kwargs: Any,
@@ -61,7 +69,7 @@ def load(
     """``target`` with ``delta`` on it, as the transformers model its config names.
 
     Args:
-        delta, target, scale, method, density, seed, cache: as ``hubdiff.apply``.
+        delta, target, scale, method, density, seed, vocab, cache: as ``hubdiff.apply``.
         device: where the merge is computed. ``auto``: where the model ends up.
         from_pretrained_kwargs: handed to ``from_pretrained`` (``dtype``, ``device_map``, …).
             ``device_map`` needs accelerate: ``pip install accelerate``.
@@ -84,12 +92,12 @@ def load(
     home = _one_device(from_pretrained_kwargs)
     if home is not None:
         with opened_models(delta, target, cache) as (opened, onto):
-            plan = make_plan(opened, onto, scale=scales, method=merging)
+            plan = make_plan(opened, onto, scale=scales, method=merging, vocab=vocab_mode(vocab))
             if not quantised(onto.config):
                 engine = str(home) if device == "auto" else choose_device(device)
                 loader = _Loader(home, engine, from_pretrained_kwargs)
-                return run_plan(plan, Filters(), loader.run)
-    merge = {"scale": scale, "method": method, "density": density, "seed": seed}
+                return run_plan(plan, Filters(), vocab, loader.run)
+    merge = {"scale": scale, "method": method, "density": density, "seed": seed, "vocab": vocab}
     return _load_by_folder(
         delta, target, {**merge, "device": device, "cache": cache}, from_pretrained_kwargs
     )
@@ -168,7 +176,11 @@ def _headers(plan: MergePlan) -> dict[str, Header]:
             for file in plan.deltas[0].delta.manifest.tuned_files
             if file.source == "weights"
         }
-    return {**plan.target.shards, **{file.path: file.header for file in plan.weights}}
+    made = {file.path: file.header for file in plan.weights}
+    whole = {
+        path: parse_header(header.raw, header.file_size, path) for path, header in made.items()
+    }
+    return {**plan.target.shards, **whole}
 
 
 def _generation_config(folder: Path) -> Any:

@@ -14,7 +14,7 @@ from hubdiff.delta import open_delta_tree
 from hubdiff.errors import CannotApply, RefError, WrongBase
 from hubdiff.jobs.together import open_alike
 from hubdiff.pair import Filters
-from hubdiff.plan import METHODS, MergePlan, Method, Weighted, float32, make_plan
+from hubdiff.plan import METHODS, MODES, MergePlan, Method, Weighted, float32, make_plan
 from hubdiff.ranks import ALONE, Ranks
 from hubdiff.refs import ModelRef, parse_weighted
 from hubdiff.scales import is_number
@@ -141,7 +141,19 @@ def _cuda_driver() -> bool:
     return True
 
 
-def run_plan(plan: MergePlan, filters: Filters, run: Callable[[MergePlan], R]) -> R:
+def vocab_mode(name: str | None) -> str | None:
+    """A way of matching vocabularies that exists. Raises ``CannotApply``."""
+    if name is not None and name not in MODES:
+        raise CannotApply(
+            f"there is no way {name!r} of matching vocabularies",
+            next_step=f"Use one of {', '.join(MODES)}.",
+        )
+    return name
+
+
+def run_plan(
+    plan: MergePlan, filters: Filters, vocab: str | None, run: Callable[[MergePlan], R]
+) -> R:
     """``run`` the plan, or where it shows that the target only looked like the own base, the plan
     of a transfer."""
     try:
@@ -150,4 +162,5 @@ def run_plan(plan: MergePlan, filters: Filters, run: Callable[[MergePlan], R]) -
         if plan.proved:
             raise
         # The sampled tensors were the base's, another was not: it is a sibling after all.
-        return run(make_plan(plan.deltas, plan.target, filters=filters, as_transfer=True))
+        plan = make_plan(plan.deltas, plan.target, filters=filters, as_transfer=True, vocab=vocab)
+        return run(plan)

@@ -50,6 +50,7 @@ def result_record(
         "left_out": described["left_out"],
         "added": described["added"],
         "kept": described["kept"],
+        "vocabulary": described["vocabulary"],
         "notes": described["notes"],
         "files": [asdict(file) for file in files],
     }

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from hubdiff.checkpoint import Checkpoint
 from hubdiff.errors import CannotApply, NotPortable
 from hubdiff.pair import Filters
+from hubdiff.plan.alignment import MODES
 from hubdiff.plan.own_base import own_base_plan
 from hubdiff.plan.recognise import Verdict, recognise
 from hubdiff.plan.transfer import transfer_plan
@@ -37,6 +38,7 @@ from hubdiff.scales import Scales
 __all__ = [
     "CARD",
     "METHODS",
+    "MODES",
     "OWN_BASE",
     "PORTABLE_GROUPS",
     "TRANSFER",
@@ -61,9 +63,11 @@ def make_plan(
     method: Method | None = None,
     filters: Filters | None = None,
     as_transfer: bool = False,
+    vocab: str | None = None,
 ) -> MergePlan:
     """Plan ``deltas`` onto ``target``. ``method`` None: linear. ``as_transfer`` rules the own-base
-    case out. Raises ``CannotApply`` and its kin when they don't go together."""
+    case out. ``vocab``: ``align``, ``strict`` or ``rows``, how rows of two vocabularies are matched;
+    None: as ``alignment`` decides. Raises ``CannotApply`` and its kin when they don't go together."""
     scale, filters = scale or Scales(), filters or Filters()
     _check_method(deltas, method)
     if len(deltas) > 1 and method is None:
@@ -87,7 +91,7 @@ def make_plan(
         reason = f"the delta has no own base to rebuild on: {verdict.reason}"
     if len(deltas) > 1:
         reason = f"{len(deltas)} deltas are merged ({method}), so nothing is rebuilt"
-    return transfer_plan(deltas, target, scale, filters, method, reason)
+    return transfer_plan(deltas, target, scale, filters, method, reason, vocab)
 
 
 def _check_method(deltas: Sequence[Weighted], method: Method | None) -> None:

@@ -25,7 +25,7 @@ from hubdiff.sidecars import LeftOut
 
 def own_base_plan(delta: Delta, target: Checkpoint, verdict: Verdict) -> MergePlan:
     """Every file of the tuned repo: rebuilt, or copied from delta or base."""
-    target = cut_at_rows(delta, target)
+    base = cut_at_rows(delta, target)
     cuts = {delta.records[name].tuned_name: (cut.shared,) for name, cut in delta.manifest.rows.items()}
     by_tuned_name = {record.tuned_name: record for record in delta.manifest.tensors}
     same = {info.sha256: path for path, info in target.tree.files().items() if info.sha256}
@@ -34,7 +34,7 @@ def own_base_plan(delta: Delta, target: Checkpoint, verdict: Verdict) -> MergePl
     for file in delta.manifest.tuned_files:
         if file.source == "weights" and file.sha256 not in same:
             header = cut_header(parse_header(file.header or b"", file.size, file.path), cuts)
-            steps = {e.name: _rebuild(delta, target, by_tuned_name, e) for e in header.tensors}
+            steps = {e.name: _rebuild(delta, base, by_tuned_name, e) for e in header.tensors}
             weights.append(WeightsFile(file.path, header, steps, file.sha256))
         elif file.source == "delta":
             source = f"tuned/{file.path}"
@@ -58,7 +58,7 @@ def own_base_plan(delta: Delta, target: Checkpoint, verdict: Verdict) -> MergePl
 
 
 def _rebuild(
-    delta: Delta, target: Checkpoint, records: dict[str, TensorRecord], entry: TensorEntry
+    delta: Delta, base: Checkpoint, records: dict[str, TensorRecord], entry: TensorEntry
 ) -> Step:
     record = records.get(entry.name)
     if record is None or (record.dtype, record.shape) != (entry.dtype, entry.shape):
@@ -67,5 +67,5 @@ def _rebuild(
             "otherwise, among the tensors",
             next_step="The delta is damaged; ask its author to push it again.",
         )
-    source = None if record.added else target.tensors[record.name]
+    source = None if record.added else base.tensors[record.name]
     return Step(entry, source, (Term(delta, record, GROUPS),))

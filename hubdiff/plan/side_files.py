@@ -12,12 +12,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hubdiff.checkpoint import Checkpoint, parse_json, read_json
-from hubdiff.configs import CONFIG_RULES, GENERATION_RULES, json_text, merge_json
+from hubdiff.configs import (
+    CONFIG_RULES,
+    GENERATION_RULES,
+    TOKENIZER_RULES,
+    json_text,
+    merge_json,
+)
 from hubdiff.delta import Delta
+from hubdiff.errors import VocabularyMismatch
 from hubdiff.hashing import check_hash, hash_bytes
 from hubdiff.manifest import FileRecord
+from hubdiff.plan import token_files
+from hubdiff.plan.alignment import JOINED, Alignment, Tokens
 from hubdiff.plan.types import CARD, Weighted, WholeFile, require_file
-from hubdiff.sidecars import LeftOut, SideFile, result_sidecars
+from hubdiff.sidecars import MERGED_FILES, LeftOut, SideFile, result_sidecars
+from hubdiff.vocab import Vocabulary
 
 # Files that map tokens to rows, in the formats that carry the whole map.
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
@@ -32,8 +42,11 @@ class SidePlan:
     left_out: tuple[LeftOut, ...]
 
 
-def plan_side_files(deltas: Sequence[Weighted], target: Checkpoint) -> SidePlan:
-    """Replay every delta on the target's side files."""
+def plan_side_files(
+    deltas: Sequence[Weighted], target: Checkpoint, tokens: Sequence[Tokens]
+) -> SidePlan:
+    """Replay every delta on the target's side files. ``tokens`` says of each delta where its rows
+    of the vocabulary go: the tokenizer and the ids in configs go with them."""
     listed = target.tree.files()
     files = {
         path: WholeFile(path, info.size, "target", path, info.sha256)
@@ -41,10 +54,11 @@ def plan_side_files(deltas: Sequence[Weighted], target: Checkpoint) -> SidePlan:
     }
     notes: list[str] = []
     left_out: dict[str, LeftOut] = {}
+    rows = max((t.alignment.rows for t in tokens if t.alignment), default=None)
     for number, item in enumerate(deltas):
         name = item.name if len(deltas) > 1 else ""
         before = ", ".join(earlier.name for earlier in deltas[:number])
-        replay = _Replay(item.delta, target, files, name, before)
+        replay = _Replay(item.delta, target, files, tokens[number], rows, name, before)
         files = replay.run()
         notes += replay.notes
         left_out |= {gone.path: gone for gone in replay.left_out if gone.path not in left_out}
@@ -55,12 +69,15 @@ def plan_side_files(deltas: Sequence[Weighted], target: Checkpoint) -> SidePlan:
 @dataclass
 class _Replay:
     """One delta on the files of the target, or of the result so far. Reads the small files it has
-    to compare or merge; everything else is only planned. ``name``, where there are several, and
+    to compare or merge; everything else is only planned. The result's vocabulary has ``rows``, where
+    that was asked. ``name``, where there are several, and
     those ``replayed`` before it are for the notes."""
 
     delta: Delta
     target: Checkpoint
     before: dict[str, WholeFile]
+    tokens: Tokens
+    rows: int | None
     name: str
     replayed: str
     notes: list[str] = field(default_factory=list)
@@ -84,17 +101,102 @@ class _Replay:
             },
             weights=self.target.shards,
         )
-        self._note_other_tokenizer(base)
+        if not self.tokens.compared:
+            self._note_other_tokenizer(base)
         files: dict[str, WholeFile] = {}
         for side in plan.files:
-            if side.source == "merged":
+            if side.source == "merged" or self._names_ids(side):
                 files[side.path] = self._merged(self.before[side.path])
             elif side.source == "tuned":
                 files[side.path] = self._tuned(side, tuned[side.path])
             else:
                 files[side.path] = self._kept(side)
         self.left_out.extend(item for item in plan.left_out if item.path != CARD)
+        alignment = self.tokens.alignment
+        if alignment is not None and alignment.other_tokens:
+            files = self._with_tokens(files, alignment)
+        if self.rows is not None and "config.json" in files:
+            files["config.json"] = self._with_rows(files["config.json"], self.rows)
         return files
+
+    def _with_rows(self, file: WholeFile, rows: int) -> WholeFile:
+        """The result's config for the rows that its vocabulary has."""
+        said = self._json_so_far(file)
+        config = token_files.with_rows(said, rows)
+        return file if config == said else _made(file.path, json_text(config).encode(), file.note)
+
+    def _with_tokens(
+        self, files: dict[str, WholeFile], alignment: Alignment
+    ) -> dict[str, WholeFile]:
+        """Files that name tokens: the target's, with the tuned model's tokens that came along."""
+        result = {}
+        for path, file in files.items():
+            if not token_files.names_tokens(path):
+                result[path] = file
+            elif path in self.before:
+                result[path] = self.before[path]
+            else:
+                reason = "it is of the tuned model's tokens, the result has the target's"
+                self.left_out.append(LeftOut(path, reason))
+        config = token_files.CONFIG
+        entries = token_files.added_entries(
+            self._tuned_json(token_files.TOKENIZER), self._tuned_json(config)
+        )
+        if config in result:
+            result[config] = self._tokenizer_config(result[config], entries, alignment)
+        if alignment.tokenizer == JOINED:
+            result |= self._joined(entries, alignment)
+        return result
+
+    def _tuned_json(self, path: str) -> dict[str, Any]:
+        return carried_json(self.delta, f"tuned/{path}")
+
+    def _tokenizer_config(
+        self, file: WholeFile, entries: token_files.Entries, alignment: Alignment
+    ) -> WholeFile:
+        before = self.before.get(file.path)
+        target = self._json_so_far(before) if before else {}
+        said = target
+        if file.origin == "delta":
+            merged = merge_json(
+                carried_json(self.delta, f"base/{file.path}"),
+                self._tuned_json(file.path),
+                target,
+                TOKENIZER_RULES,
+            )
+            said = merged.value
+            self.notes.extend(f"{self.who}{file.path}: {note}" for note in merged.notes)
+        joined = token_files.joined_config(said, target, entries, alignment)
+        if before is not None and joined == target:
+            return before
+        return _made(file.path, token_files.text(joined))
+
+    def _joined(
+        self, entries: token_files.Entries, alignment: Alignment
+    ) -> dict[str, WholeFile]:
+        """The target's tokenizer with the tuned model's tokens."""
+        path, added = token_files.TOKENIZER, token_files.ADDED
+        where = f"{self.target.tree.pin}/{path}"
+        if path not in self.before:
+            raise VocabularyMismatch(
+                f"the tuned model has tokens of its own, and {self.target.tree.pin} has no {path} "
+                "that they could be put into",
+                next_step="Save the target's tokenizer with transformers, which writes that file; "
+                "or take rows by their number with --vocab rows.",
+            )
+        document = self._json_so_far(self.before[path])
+        joined = token_files.joined_tokenizer(document, entries, alignment, where)
+        files = {path: _made(path, token_files.text(joined))}
+        if added in self.before:
+            known = token_files.joined_added(self._json_so_far(self.before[added]), alignment)
+            files[added] = _made(added, token_files.text(known))
+        return files
+
+    def _names_ids(self, side: SideFile) -> bool:
+        """Whether a config is the tuned model's, with ids that the result may not have."""
+        moved = self.tokens.alignment is not None and self.tokens.alignment.other_tokens
+        merged = side.path in MERGED_FILES and side.source == "tuned"
+        return moved and merged and side.path in self.before
 
     @property
     def who(self) -> str:
@@ -149,14 +251,21 @@ class _Replay:
     def _merged(self, file: WholeFile) -> WholeFile:
         path = file.path
         merged = merge_json(
-            carried_json(self.delta, f"base/{path}"),
-            carried_json(self.delta, f"tuned/{path}"),
+            self._in_result(f"base/{path}", self.tokens.base),
+            self._in_result(f"tuned/{path}", self.tokens.tuned),
             self._json_so_far(file),
             CONFIG_RULES if path == "config.json" else GENERATION_RULES,
         )
         self.notes.extend(f"{self.who}{path}: {note}" for note in merged.notes)
-        data = json_text(merged.value).encode()
-        return WholeFile(path, len(data), "made", data=data)
+        return _made(path, json_text(merged.value).encode())
+
+    def _in_result(self, path: str, vocabulary: Vocabulary | None) -> dict[str, Any]:
+        """A config that the delta carries, with the ids that its tokens have in the result."""
+        config, alignment = carried_json(self.delta, path), self.tokens.alignment
+        if alignment is None or vocabulary is None or not alignment.other_tokens:
+            return config
+        moved: dict[str, Any] = token_files.with_ids(config, vocabulary, alignment)
+        return moved
 
     def _json_so_far(self, file: WholeFile) -> dict[str, Any]:
         if file.data is not None:
@@ -164,6 +273,10 @@ class _Replay:
         if file.delta is not None:
             return carried_json(file.delta, f"tuned/{file.path}")
         return read_json(self.target.tree, file.path)
+
+
+def _made(path: str, data: bytes, note: str | None = None) -> WholeFile:
+    return WholeFile(path, len(data), "made", data=data, note=note)
 
 
 def carried_json(delta: Delta, path: str) -> dict[str, Any]:

@@ -6,38 +6,30 @@ changes it.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from hubdiff.checkpoint import INDEX, Checkpoint, Placed
+from hubdiff.checkpoint import Checkpoint, Placed
 from hubdiff.configs import quantised, tied
-from hubdiff.errors import CannotApply, NamesMismatch, NotPortable
+from hubdiff.errors import CannotApply, NamesMismatch, NotPortable, VocabularyMismatch
 from hubdiff.forecast import Look
 from hubdiff.manifest import TensorRecord
-from hubdiff.names import Match, Rename, match_names
+from hubdiff.names import Match, Rename, has_vocabulary_word, match_names
 from hubdiff.pair import EMBEDDINGS, FLOATS, HEADS, Filters, check_shapes
+from hubdiff.plan.alignment import Alignment, Tables, Tokens, align
+from hubdiff.plan.layout import Layout, Table
 from hubdiff.plan.side_files import plan_side_files
 from hubdiff.plan.types import (
     PORTABLE_GROUPS,
     TRANSFER,
     MergePlan,
     Method,
-    Step,
     Term,
     Weighted,
-    WeightsFile,
-    WholeFile,
 )
-from hubdiff.safetensors_io import (
-    Header,
-    TensorEntry,
-    build_header,
-    parse_header,
-    tensor_bytes,
-)
+from hubdiff.rows import whole_name
+from hubdiff.safetensors_io import TensorEntry
 from hubdiff.scales import Scales
-from hubdiff.stream import unit_bytes
 
 
 def transfer_plan(
@@ -47,6 +39,7 @@ def transfer_plan(
     filters: Filters,
     method: Method | None,
     reason: str,
+    vocab: str | None,
 ) -> MergePlan:
     """``deltas`` on a target that is not the own base, or not to be rebuilt as ``reason`` says."""
     quantisation = quantised(target.config)
@@ -57,12 +50,12 @@ def transfer_plan(
             next_step="Give the unquantised version of that model.",
         )
     scale.check([record.name for item in deltas for record in item.delta.manifest.tensors])
-    parts = [Transfer(item, target, scale, filters).contribution() for item in deltas]
+    parts = [Transfer(item, target, scale, filters, vocab).contribution() for item in deltas]
     terms, added = _together(parts), _added_once(parts)
     _check_not_both(parts, added)
-    layout = _Layout(target, terms, added, method)
+    layout = Layout(target, terms, added, _tables(parts, terms), method)
     weights, copies = layout.weights()
-    side = plan_side_files(deltas, target)
+    side = plan_side_files(deltas, target, [part.tokens for part in parts])
     return MergePlan(
         TRANSFER,
         reason,
@@ -77,19 +70,25 @@ def transfer_plan(
         kept=_kept(parts, target),
         method=method,
         looks=tuple(part.look for part in parts if part.look),
+        alignments=tuple(part.tokens.alignment for part in parts),
     )
 
 
 @dataclass(frozen=True)
 class Contribution:
     """What one delta does to the target: its terms by the name of the target's tensor, and those of
-    the tensors that only its tuned model has by the name they get. ``known`` are the names that the
-    tuned model has a counterpart of; None where that is not known. ``look`` is how the target is
-    compared with its base; None where that can't be."""
+    the tensors that only its tuned model has by the name they get. ``own`` are those of rows that
+    only the tuned model has, by the name of the target's tensor that gets them; ``tokens`` says
+    where its rows go. ``known`` are the names that the tuned model has a counterpart of; None where
+    that is not known. ``look`` is how the target is compared with its base; None where that can't
+    be."""
 
     item: Weighted
     terms: dict[str, Term]
     added: dict[str, Term]
+    aligned: frozenset[str]
+    own: dict[str, Term]
+    tokens: Tokens
     known: frozenset[str] | None
     notes: tuple[str, ...]
     look: Look | None
@@ -134,6 +133,32 @@ def _check_not_both(parts: Sequence[Contribution], added: dict[str, Term]) -> No
                 )
 
 
+def _tables(
+    parts: Sequence[Contribution], terms: Mapping[str, tuple[Term, ...]]
+) -> dict[str, Table]:
+    """The vocabulary tensors that are made row by row, by the names of the target's."""
+    tables: dict[str, Table] = {}
+    brought = [part for part in parts if part.own and part.tokens.alignment]
+    brought = [part for part in brought if part.tokens.alignment and part.tokens.alignment.taken]
+    if len(brought) > 1:
+        raise CannotApply(
+            f"{brought[0].item.name} and {brought[1].item.name} both bring tokens of their own",
+            next_step="Apply one of the two first, then the other to the result.",
+        )
+    for part in parts:
+        alignment = part.tokens.alignment
+        if alignment is None:
+            continue
+        for name in part.aligned:
+            table = tables.setdefault(name, Table(alignment.target_rows))
+            table.rows = max(table.rows, alignment.rows if name in part.own else table.rows)
+            if name in part.own and alignment.taken:
+                table.own = (part.own[name], alignment)
+            if part.terms.get(name) in terms.get(name, ()):
+                table.terms[part.terms[name]] = alignment
+    return tables
+
+
 def _notes(parts: Sequence[Contribution]) -> list[str]:
     if len(parts) == 1:
         return list(parts[0].notes)
@@ -158,10 +183,14 @@ class Transfer:
     target: Checkpoint
     scale: Scales
     filters: Filters
+    vocab: str | None
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.delta = self.item.delta
+        self._tables: Tables | None = None
+        self._tokens = Tokens(None, False)
+        self._tied: set[str] = set()
 
     def contribution(self) -> Contribution:
         if not any(self.filters.takes(record.name) for record in self.delta.manifest.tensors):
@@ -170,13 +199,46 @@ class Transfer:
                 next_step="Check the globs against the tensor names (hubdiff inspect --json).",
             )
         match = self._match()
-        terms = self._terms(match)
-        added = self._added(match.rename)
+        self._tables = Tables.of(self.delta, match.pairs, self.filters.takes)
+        self._tokens = align(self.delta, self.target, self._tables, self.vocab)
+        alignment = self._tokens.alignment
+        if alignment is not None:
+            self.notes.append(f"vocabulary: {alignment}")
+            self.notes.append(f"the result's tokenizer: {alignment.tokenizer_text}")
+        own = self._own()
+        terms = self._terms(match, own)
+        added = self._added(match)
+        partners = self._tables.partners.values() if self._tables and alignment else ()
+        aligned = frozenset({*partners, *own, *self._tied})
         complete = self.delta.manifest.complete
         known = frozenset({*match.pairs.values(), *added}) if complete else None
         acts = {term.record.name: name for name, term in reversed(terms.items()) if term.factor}
-        look = Look.of(self.delta, self.target, acts)
-        return Contribution(self.item, terms, added, known, tuple(self.notes), look)
+        rows = alignment.changed if alignment is not None else ()
+        names = frozenset(self._tables.records) if self._tables and alignment else frozenset()
+        look = Look.of(self.delta, self.target, acts, names, rows)
+        return Contribution(
+            self.item, terms, added, aligned, own, self._tokens, known, tuple(self.notes), look
+        )
+
+    def _own(self) -> dict[str, Term]:
+        """The rows that only the tuned model has, for the target's tensors that get them."""
+        if self._tables is None:
+            return {}
+        pairs = self._tables.partners
+        for name, record in self._tables.own.items():
+            self._check_dtypes(record, self.target.tensors[pairs[name]])
+        return {pairs[name]: self._term(record) for name, record in self._tables.own.items()}
+
+    def _check_dtypes(self, record: TensorRecord, placed: Placed) -> None:
+        """Rows are converted to the target's dtype, where both are floats."""
+        if record.dtype != placed.entry.dtype and not (
+            record.dtype in FLOATS and placed.entry.dtype in FLOATS | {"F64"}
+        ):
+            raise NotPortable(
+                f"{record.name} is {record.dtype}, and {placed.entry.name} is "
+                f"{placed.entry.dtype} in {self.target.tree.pin}: its rows can't be put there",
+                next_step="Give an unquantised target, or leave the tensor out with --exclude.",
+            )
 
     def _match(self) -> Match:
         """Target names for the names of the base."""
@@ -197,7 +259,7 @@ class Transfer:
             )
         return match
 
-    def _terms(self, match: Match) -> dict[str, Term]:
+    def _terms(self, match: Match, own: dict[str, Term]) -> dict[str, Term]:
         """What is added to each of the target's tensors that the delta touches."""
         terms = {}
         for record in self.delta.manifest.tensors:
@@ -215,7 +277,7 @@ class Transfer:
                 self.notes.append(
                     f"{name} stays the target's: {record.dtype} is not added, only restored"
                 )
-        self._follow_ties(match, terms)
+        self._follow_ties(match, terms, own)
         return terms
 
     def _term(self, record: TensorRecord) -> Term:
@@ -223,7 +285,10 @@ class Transfer:
         return Term(self.delta, record, PORTABLE_GROUPS, scale, self.item.weight)
 
     def _check_tensor(self, record: TensorRecord, placed: Placed) -> None:
-        theirs = Placed("", TensorEntry(record.name, record.dtype, record.shape, 0, 0))
+        shape = record.shape
+        if self._is_aligned(record):  # its rows go where they belong
+            shape = (*placed.entry.shape[:1], *shape[1:])
+        theirs = Placed("", TensorEntry(record.name, record.dtype, shape, 0, 0))
         check_shapes(record.name, theirs, placed, "delta", "target")
         if record.portable and placed.entry.dtype not in FLOATS | {"F64"}:
             raise NotPortable(
@@ -231,6 +296,10 @@ class Transfer:
                 "be added to it",
                 next_step="Give an unquantised target, or leave the tensor out with --exclude.",
             )
+
+    def _is_aligned(self, record: TensorRecord) -> bool:
+        aligned = self._tables is not None and self._tokens.alignment is not None
+        return aligned and record.name in self._tables.partners
 
     def _without_partner(self, record: TensorRecord) -> None:
         if record.name in self.delta.manifest.aliases:
@@ -247,7 +316,9 @@ class Transfer:
             + (", or untie the target's output head first." if record.name in HEADS else "."),
         )
 
-    def _follow_ties(self, match: Match, terms: dict[str, Term]) -> None:
+    def _follow_ties(
+        self, match: Match, terms: dict[str, Term], own: dict[str, Term]
+    ) -> None:
         """A target that stores its tied head as a second copy keeps both copies equal."""
         paired = set(match.pairs.values())
         for head in HEADS:
@@ -256,25 +327,33 @@ class Transfer:
                 continue
             embedding = next(
                 (
-                    term
-                    for name, term in terms.items()
-                    if name.endswith(EMBEDDINGS) and term.record.shape == placed.entry.shape
+                    name
+                    for name in (*terms, *own)
+                    if name.endswith(EMBEDDINGS)
+                    and self.target.tensors[name].entry.shape == placed.entry.shape
                 ),
                 None,
             )
             if embedding is None:
                 continue
             if tied(self.target.config):
-                terms[head] = embedding
+                if embedding in terms:
+                    terms[head] = terms[embedding]
+                if embedding in own:
+                    own[head] = own[embedding]
+                if self._tokens.alignment is not None:
+                    self._tied.add(head)
                 self.notes.append(f"{head} repeats the tied embedding: it gets the same Δ")
             else:
                 self.notes.append(f"{head} stays the target's: the delta has a tied head")
 
-    def _added(self, rename: Rename | None) -> dict[str, Term]:
+    def _added(self, match: Match) -> dict[str, Term]:
         """Tensors that only the tuned model has, under the names they get in the result."""
-        added = {}
+        added, rename = {}, match.rename
         for record in self.delta.manifest.tensors:
             if not record.added or not self.filters.takes(record.name):
+                continue
+            if self._is_rest(record, match):
                 continue
             own = self.delta.manifest.rename
             name = own.apply(record.name) if own else record.name
@@ -284,6 +363,7 @@ class Transfer:
             if alias and (taken or tied(self.target.config) is not False):
                 self.notes.append(f"{record.name} repeats the tied embedding: not added")
                 continue
+            self._check_rows(record)
             self.notes.append(
                 f"{name} {'replaces the target’s' if taken else 'is added'}: only the tuned model "
                 "has it"
@@ -291,68 +371,34 @@ class Transfer:
             added[name] = self._term(record)
         return added
 
+    def _is_rest(self, record: TensorRecord, match: Match) -> bool:
+        """Whether it is the rows of a tensor behind those that the base has too: they go where that
+        tensor goes, and nowhere where it is a repeated head."""
+        whole = whole_name(record.name)
+        if whole == record.name or whole not in self.delta.manifest.rows:
+            return False
+        if whole not in match.pairs and whole not in self.delta.manifest.aliases:
+            raise NamesMismatch(
+                f"the tuned model has rows of its own in {whole}, which {self.target.tree.pin} "
+                "does not have",
+                next_step="Leave it out with --exclude if the result can do without it.",
+            )
+        return True
 
-@dataclass(frozen=True)
-class _Layout:
-    """The files of the result: the target's, with the ``terms`` of its tensors and what is
-    ``added``."""
+    def _check_rows(self, record: TensorRecord) -> None:
+        """An added embedding or head has the tuned model's rows: the result must have them too."""
+        alignment = self._tokens.alignment
+        cut = record.name in self.delta.manifest.rows
+        moves = alignment is not None and not alignment.in_place
+        if has_vocabulary_word(record.name) and (cut or moves) and self._is_table(record):
+            raise VocabularyMismatch(
+                f"{record.name} is only in the tuned model, with rows for its own tokens, which "
+                "are not those of the result",
+                next_step="Leave it out with --exclude.",
+            )
 
-    target: Checkpoint
-    terms: dict[str, tuple[Term, ...]]
-    added: dict[str, Term]
-    method: Method | None
-
-    def weights(self) -> tuple[list[WeightsFile], list[WholeFile]]:
-        """The result's shards: those with work to do, and those the target has already."""
-        weights: list[WeightsFile] = []
-        copies: list[WholeFile] = []
-        for file, header in self.target.shards.items():
-            here = {n: t.record for n, t in self.added.items() if self._home(n) == file}
-            if here:
-                header = _with_added(header, here, file)
-            elif not any(entry.name in self.terms for entry in header.tensors):
-                info = self.target.tree.files()[file]
-                copies.append(WholeFile(file, info.size, "target", file, info.sha256))
-                continue
-            steps = {entry.name: self._step(entry) for entry in header.tensors}
-            weights.append(WeightsFile(file, header, steps))
-        return weights, copies
-
-    def _home(self, name: str) -> str:
-        """The file that a tensor of the result lies in: an added one goes to the last."""
-        placed = self.target.tensors.get(name)
-        return placed.file if placed else next(reversed(self.target.shards))
-
-    def _step(self, entry: TensorEntry) -> Step:
-        if entry.name in self.added:
-            return Step(entry, None, (self.added[entry.name],))
-        terms = self.terms.get(entry.name, ())
-        plain = self.method is None or (self.method.name == "linear" and len(terms) < 2)
-        return Step(entry, self.target.tensors[entry.name], terms, None if plain else self.method)
-
-    def index(self) -> list[WholeFile]:
-        """The target's index, if it has one, with what was added."""
-        data = self.target.index
-        if data is None:
-            return []
-        if self.added:
-            index = json.loads(data)
-            index["weight_map"].update({name: self._home(name) for name in self.added})
-            sizes = {name: p.entry.nbytes for name, p in self.target.tensors.items()}
-            records = {name: term.record for name, term in self.added.items()}
-            sizes |= {name: tensor_bytes(r.dtype, r.shape) for name, r in records.items()}
-            index["metadata"] = {**(index.get("metadata") or {}), "total_size": sum(sizes.values())}
-            data = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-        return [WholeFile(INDEX, len(data), "made", data=data)]
-
-
-def _with_added(header: Header, added: dict[str, TensorRecord], where: str) -> Header:
-    """The header of a file with tensors added or replaced. Wider dtypes come first, so that every
-    tensor stays aligned to its elements, as the reference implementation lays files out."""
-    tensors = {e.name: (e.name, e.dtype, e.shape, e.nbytes) for e in header.tensors}
-    for name, record in added.items():
-        nbytes = tensor_bytes(record.dtype, record.shape)
-        tensors[name] = (name, record.dtype, record.shape, nbytes)
-    ordered = sorted(tensors.values(), key=lambda item: -unit_bytes(item[1]))
-    raw = build_header(ordered, header.metadata)
-    return parse_header(raw, len(raw) + sum(item[3] for item in ordered), where)
+    def _is_table(self, record: TensorRecord) -> bool:
+        return self._tables is not None and record.shape[:1] in (
+            (self._tables.shared,),
+            (self._tables.tuned_rows,),
+        )

@@ -13,6 +13,8 @@ from hubdiff.encodings.payload import index_bytes
 from hubdiff.errors import BadManifest, CannotApply
 from hubdiff.forecast import Look
 from hubdiff.manifest import Part, TensorRecord
+from hubdiff.plan.alignment import Alignment
+from hubdiff.rows import Run, whole_name
 from hubdiff.safetensors_io import Header, TensorEntry
 from hubdiff.scales import LARGEST_FLOAT32, Scales
 from hubdiff.sidecars import LeftOut
@@ -74,13 +76,15 @@ class Weighted:
 @dataclass(frozen=True)
 class Term:
     """What one delta has for one tensor: the parts of ``record`` in ``groups``, times ``scale``
-    (that of the tensor) and ``weight`` (that of the delta)."""
+    (that of the tensor) and ``weight`` (that of the delta). ``laid`` says which of its rows are laid
+    out where before they act; empty: they are where they belong."""
 
     delta: Delta
     record: TensorRecord
     groups: tuple[str, ...]
     scale: float = 1.0
     weight: float = 1.0
+    laid: tuple[Run, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -125,7 +129,8 @@ class Step:
 
     @property
     def delta_bytes(self) -> int:
-        return sum(part.bytes for term in self.terms for part in term.parts)
+        """What is read of the deltas while the tensor is merged."""
+        return sum(part.bytes for term in self.terms if not term.laid for part in term.parts)
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,8 @@ class WholeFile:
 @dataclass(frozen=True)
 class MergePlan:
     """``method`` None: one delta, added exactly. ``looks`` are read before the run, to tell how far
-    the target lies from the base of each delta."""
+    the target lies from the base of each delta. ``alignments``, one for each delta, say where its
+    rows of the vocabulary go; None: where they are."""
 
     case: str
     reason: str
@@ -174,6 +180,7 @@ class MergePlan:
     kept: tuple[str, ...] = ()
     method: Method | None = None
     looks: tuple[Look, ...] = ()
+    alignments: tuple[Alignment | None, ...] = ()
 
     @property
     def reads(self) -> dict[str, int]:
@@ -183,7 +190,7 @@ class MergePlan:
         target += sum(look.target_bytes for look in self.looks)
         delta = sum(step.delta_bytes for step in self._steps())
         delta += sum(look.delta_bytes for look in self.looks)
-        delta += sum(nbytes for _, _, nbytes in self._trimmed())
+        delta += sum(nbytes for _, _, nbytes in (*self._trimmed(), *self._laid()))
         for file in self.files:
             target += file.size if file.origin == "target" else 0
             delta += file.size if file.origin == "delta" else 0
@@ -197,9 +204,9 @@ class MergePlan:
             for step in self._steps()
             if step.source and self.target.tree.is_remote(step.source.file)
         )
-        terms = [term for step in self._steps() for term in step.terms]
+        terms = [term for step in self._steps() for term in step.terms if not term.laid]
         parts = [(term, part, part.bytes) for term in terms for part in term.parts]
-        for term, part, nbytes in [*parts, *self._trimmed()]:
+        for term, part, nbytes in [*parts, *self._trimmed(), *self._laid()]:
             placed = term.delta.placed(term.record, part.group)
             if placed and term.delta.tree.is_remote(placed.placed.file):
                 total += nbytes
@@ -209,16 +216,37 @@ class MergePlan:
                 total += file.size
         return total + sum(look.network for look in self.looks)
 
+    def alignment_of(self, delta: Delta) -> Alignment | None:
+        """Where a delta's rows of the vocabulary go; None: they stay where they are."""
+        found = zip(self.deltas, self.alignments, strict=False)
+        return next((one for item, one in found if item.delta is delta), None)
+
     def _trimmed(self) -> Iterator[tuple[Term, Part, int]]:
         """What is read of each tensor to find the threshold of its Δ, before it is merged."""
         if self.method is None or not self.method.trims:
             return
-        steps = [(step, term) for step in self._steps() for term in step.terms]
+        steps = [(s, term) for s in self._steps() for term in s.terms if not term.laid]
         first = {(term.delta, term.record.name): (step, term) for step, term in reversed(steps)}
         for step, term in first.values():
             part = term.ranked
             if part is not None:
                 yield term, part, _pass_bytes(step.entry, part) * trim_passes(part)
+
+    def _laid(self) -> Iterator[tuple[Term, Part, int]]:
+        """What is read of each tensor whose rows are laid out anew: once, wherever they go."""
+        terms = [term for step in self._steps() for term in step.terms if term.laid]
+        for term in {(term.delta, term.record.name): term for term in terms}.values():
+            for part in term.parts:
+                yield term, part, part.bytes
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of temporary files at most: rows that are laid out anew."""
+        steps = [(s.entry, term) for s in self._steps() for term in s.terms if term.laid]
+        return sum(
+            entry.count * (unit_bytes(term.parts[0].dtype) + 4 * ("lo" in _layers(term)))
+            for entry, term in steps
+        )
 
     @property
     def writes(self) -> int:
@@ -253,6 +281,7 @@ class MergePlan:
             "target": str(self.target.tree.pin),
             "read": {**self.reads, "network": self.network},
             "write": self.writes,
+            "scratch": self.scratch,
             "peak_memory": self.peak_memory,
             "files": [_weights_json(file) for file in self.weights]
             + [_whole_json(file) for file in self.files],
@@ -260,7 +289,12 @@ class MergePlan:
             "kept": list(self.kept),
             "left_out": [vars(item) for item in self.left_out],
             "notes": list(self.notes),
+            "vocabulary": [item and item.as_json() for item in self.alignments],
         }
+
+
+def _layers(term: Term) -> set[str]:
+    return {layer for part in term.parts for layer in part.layers}
 
 
 def trim_passes(part: Part) -> int:
@@ -284,8 +318,8 @@ def _weights_json(file: WeightsFile) -> dict[str, Any]:
         "path": file.path,
         "bytes": file.header.file_size,
         "action": "merge",
-        "tensors": len(steps),
-        "changed": sum(not step.copies for step in steps),
+        "tensors": len({whole_name(step.entry.name) for step in steps}),
+        "changed": len({whole_name(step.entry.name) for step in steps if not step.copies}),
     }
 
 
