@@ -30,6 +30,13 @@ from hubdiff.summary import Summary, percent, size_text, summarise
 PICTURE = "layers.png"
 _FILES_SHOWN = 5
 _ERRORS_SHOWN = 10
+_TOKENS_SHOWN = 20
+_TOKEN_ROWS = (
+    ("added", "added: the row is the tuned model's own"),
+    ("renamed", "renamed, as the tune did"),
+    ("left", "left as in the target: the tuned model does not know them"),
+    ("missing", "of the tuned model, not in the target: their Δ has no row"),
+)
 
 
 def template(name: str) -> str:
@@ -115,7 +122,8 @@ def result_card(
     ``deltas``, each with its ``weight``, ``base`` and ``tuned`` (all with repo, commit, name;
     licence and gated for models), ``scale``, ``method``, ``command`` (a list of arguments),
     ``side_files`` (path, source, note), ``left_out`` (path, reason), ``notes`` (lines about merged
-    configs), ``added`` and ``kept`` (tensor names), ``check`` (verdict, reasons). ``tuned_cards``
+    configs), ``added`` and ``kept`` (tensor names), ``check`` (verdict, reasons),
+    ``vocabulary`` (for each delta what became of its tokens, or null). ``tuned_cards``
     are the metadata of the tuned models' own cards, in the order of the deltas; task and language
     are the first one's.
     """
@@ -148,6 +156,7 @@ def result_card(
         left_out=_by_reason(record.get("left_out") or ()),
         notes=record.get("notes") or (),
         check=record.get("check") or {"verdict": "go", "reasons": ()},
+        vocabulary=_vocabulary(record),
         added=record.get("added") or (),
         kept=record.get("kept") or (),
         **_licence_words(parents),
@@ -176,6 +185,36 @@ def _render(name: str, metadata: Mapping[str, Any], **values: Any) -> str:
     known = {key: value for key, value in metadata.items() if value is not None}
     head = yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
     return f"---\n{head}---\n\n{body.strip()}\n"
+
+
+def _vocabulary(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each delta whose rows were aligned: a title, whose tokenizer the result has, and a table
+    of label, count, a few tokens with what is to be said of each."""
+    found = []
+    deltas = record.get("deltas") or ()
+    for delta, one in zip(deltas, record.get("vocabulary") or (), strict=False):
+        if one is None:
+            continue
+        tokens = {name: one[name]["tokens"] for name, _ in _TOKEN_ROWS}
+        moved = f"{one['moved']:,} of them in another row" if one["moved"] else ""
+        matched = "matched: Δ is on their row"
+        rows: list[tuple[str, int, list[str], str]] = [(matched, one["matched"], [], moved)]
+        for name, label in _TOKEN_ROWS:
+            shown = list(tokens[name])[:_TOKENS_SHOWN]
+            more = one[name]["count"] - len(shown)
+            rest = f"and {more:,} more" if more > 0 else ""
+            if shown:
+                rows.append((label, one[name]["count"], shown, rest))
+        found.append(
+            {
+                "delta": delta if len(deltas) > 1 else None,
+                "by_token": one["mode"] == "align",
+                "text": one["text"],
+                "tokenizer": one["tokenizer"],
+                "rows": rows,
+            }
+        )
+    return found
 
 
 # --- what a card is made of ---------------------------------------------------------------------

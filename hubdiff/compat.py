@@ -64,7 +64,8 @@ class Compatibility:
 
 
 def compatibility(delta: Delta, target: Checkpoint, vocab: str | None = None) -> Compatibility:
-    """Look at everything but weights; ``vocab`` as ``make_plan`` takes it. Raises ``HubdiffError`` only for files that can't be read."""
+    """Look at everything but weights; ``vocab`` as ``make_plan`` takes it. Raises
+    ``HubdiffError`` only for files that can't be read."""
     plan = stop = None
     try:
         plan = make_plan([Weighted(delta)], target, vocab=vocab)
@@ -93,7 +94,7 @@ class _Comparison:
         self._alignment: Alignment | None = None
 
     def findings(self, plan: MergePlan | None) -> list[Finding]:
-        self._alignment = plan and plan.alignment_of(self._delta)
+        self._alignment = plan.alignment_of(self._delta) if plan is not None else None
         return [
             self._base(plan),
             self._names(),

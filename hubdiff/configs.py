@@ -249,6 +249,15 @@ def tied(config: Mapping[str, Any]) -> bool | None:
     return None
 
 
+def layers_of(config: Mapping[str, Any]) -> int | None:
+    """How many layers ``config.json`` says the model has."""
+    for holder in (config, *_sub_configs(config)):
+        for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+            if type(holder.get(name)) is int:
+                return int(holder[name])
+    return None
+
+
 def _sub_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The text model first: in a multimodal config it is the one that has a vocabulary."""
     return [config[name] for name in SUB_CONFIGS if isinstance(config.get(name), Mapping)]

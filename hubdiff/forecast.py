@@ -186,9 +186,7 @@ class Look:
             name: target.tensors[other]
             for name, other in partners.items()
             if name in found.blocks
-            and (
-                name in aligned or target.tensors[other].entry.shape == delta.records[name].shape
-            )
+            and (name in aligned or target.tensors[other].entry.shape == delta.records[name].shape)
             and target.tensors[other].entry.dtype in BYTES
         }
         by_row = tuple(sorted(rows, key=lambda run: run.row))

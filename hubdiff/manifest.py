@@ -380,7 +380,9 @@ def _rows(root: fields.Fields, tensors: Iterable[TensorRecord]) -> dict[str, Cut
     cuts, reader = {}, root.child("rows")
     for name in root.get("rows", fields.mapping):
         one = reader.child(name)
-        cut = Cut(one.get("shared", fields.natural), one.get("base", fields.optional(fields.natural)))
+        cut = Cut(
+            one.get("shared", fields.natural), one.get("base", fields.optional(fields.natural))
+        )
         if shapes.get(name, ())[:1] != (cut.shared,):
             raise reader.bad(name, f"is cut behind {cut.shared:,} rows, which no record has")
         cuts[name] = cut

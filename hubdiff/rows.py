@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from hubdiff.checkpoint import Checkpoint, Placed
 from hubdiff.names import has_vocabulary_word, match_names
@@ -35,8 +36,8 @@ def whole_name(name: str) -> str:
 
 
 def run_of(entry: TensorEntry, first: int, last: int) -> TensorEntry:
-    """The rows ``first`` to ``last`` of a tensor, as a tensor of their own. Those from row 0 on keep
-    the name; rows up to the last one are called ``NAME[first:]``."""
+    """The rows ``first`` to ``last`` of a tensor, as a tensor of their own. Those from row 0 on
+    keep the name; rows up to the last one are called ``NAME[first:]``."""
     rows = entry.shape[0]
     size = entry.nbytes // rows if rows else 0
     end = "" if last == rows else last
@@ -50,7 +51,7 @@ def cut_entry(entry: TensorEntry, at: Iterable[int]) -> tuple[TensorEntry, ...]:
     """A tensor as the runs of rows between the ones given."""
     rows = entry.shape[0]
     edges = [0, *sorted({row for row in at if 0 < row < rows}), rows]
-    return tuple(run_of(entry, *edge) for edge in zip(edges, edges[1:], strict=False))
+    return tuple(run_of(entry, *edge) for edge in pairwise(edges))
 
 
 def cut_header(header: Header, rows: Mapping[str, Iterable[int]]) -> Header:
@@ -97,7 +98,7 @@ def cut_models(tuned: Checkpoint, base: Checkpoint, master: Checkpoint | None) -
     """Nothing is cut where the tokenizers can't be read, or where a token that both have does not
     stand for one row."""
     tables = _Tables.of(tuned, base)
-    shared = tables and tables.shared(tuned, base)
+    shared = tables.shared(tuned, base) if tables is not None else None
     if tables is None or shared is None:
         return CutModels(tuned, base, master, {})
     theirs = {other: shared for other in tables.names.values() if other is not None}
@@ -159,7 +160,9 @@ class _Tables:
         if self.tuned_rows == self.base_rows and same_vocabulary(tuned.tree, base.tree):
             return None
         ours, theirs = vocabulary_of(tuned.tree), vocabulary_of(base.tree)
-        if ours is None or theirs is None:
+        if ours is None or not ours.covers(self.tuned_rows):
+            return None
+        if theirs is None or not theirs.covers(self.base_rows):
             return None
         shared = min(self.tuned_rows, self.base_rows)
         if _new_tokens_within(ours, theirs, shared):

@@ -38,6 +38,10 @@ class Vocabulary:
         """One more than the largest id: the rows that an embedding has at least."""
         return max(self.rows.values(), default=-1) + 1
 
+    def covers(self, rows: int) -> bool:
+        """Whether it can be the vocabulary of so many rows: most of them have a token."""
+        return 2 * len(self.rows) >= rows
+
 
 # A model's side files by path; None for one that is not there.
 Files = Callable[[str], bytes | None]

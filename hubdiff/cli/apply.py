@@ -262,10 +262,24 @@ def _draw_plan(page: Page, applied: Applied) -> None:
     _draw_remarks(page, plan)
 
 
+def _vocabulary(plan: dict[str, Any]) -> list[str]:
+    """Where rows went, and whose tokenizer the result has."""
+    texts = []
+    for item, one in zip(plan["deltas"], plan["vocabulary"], strict=False):
+        if one is not None:
+            whose = f"{item['delta']}: " if len(plan["deltas"]) > 1 else ""
+            texts += [
+                f"{whose}{one['text']}",
+                f"{whose}tokenizer of the result: {one['tokenizer']}",
+            ]
+    return texts
+
+
 def _draw_remarks(page: Page, plan: dict[str, Any]) -> None:
     """What a reader of the result should know; nothing in most cases."""
     notes = [f"{file['path']}: {file['note']}" for file in plan["files"] if file.get("note")]
     sections = (
+        ("Vocabulary", _vocabulary(plan)),
         ("Notes", [*plan["notes"], *notes]),
         ("Kept from the target, the tuned model has no such tensor", plan["kept"]),
         ("Left out", [f"{item['path']}: {item['reason']}" for item in plan["left_out"]]),

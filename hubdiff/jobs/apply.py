@@ -153,9 +153,7 @@ def apply(
         if signature is not None:
             for item in opened:
                 check_signature(item.delta.tree, signature)
-        plan = make_plan(
-            opened, target, scale=scales, method=merging, filters=filters, vocab=vocab
-        )
+        plan = make_plan(opened, target, scale=scales, method=merging, filters=filters, vocab=vocab)
         if dry_run:
             return Applied(plan.as_json(), True, str(destination))
         watched = ranks.watched(progress or Silent())

@@ -484,9 +484,7 @@ class _Push:
                 or record.path in (DELTA_INDEX, SAMPLE, VOCABULARY, BASE_VOCABULARY)
             ),
             rename=pair.rename,
-            rows={
-                name: cut for name, cut in self._cuts.items() if pair.filters.takes(name)
-            },
+            rows={name: cut for name, cut in self._cuts.items() if pair.filters.takes(name)},
             aliases=_aliases(extracted.tensors),
             adapter=self._adapter.tensors if self._adapter else None,
             sample=self._sample,

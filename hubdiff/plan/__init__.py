@@ -66,8 +66,9 @@ def make_plan(
     vocab: str | None = None,
 ) -> MergePlan:
     """Plan ``deltas`` onto ``target``. ``method`` None: linear. ``as_transfer`` rules the own-base
-    case out. ``vocab``: ``align``, ``strict`` or ``rows``, how rows of two vocabularies are matched;
-    None: as ``alignment`` decides. Raises ``CannotApply`` and its kin when they don't go together."""
+    case out. ``vocab``: ``align``, ``strict`` or ``rows``, how rows of two vocabularies are
+    matched; None: as ``alignment`` decides. Raises ``CannotApply`` and its kin when they don't go
+    together."""
     scale, filters = scale or Scales(), filters or Filters()
     _check_method(deltas, method)
     if len(deltas) > 1 and method is None:

@@ -96,11 +96,12 @@ class Alignment:
         return "; ".join(texts)
 
     def _raw(self) -> str:
-        return f"{sum(run.count for run in self.taken):,} rows are the tuned model's own"
+        return f"added, the tuned model's own rows: {sum(run.count for run in self.taken):,}"
 
     def as_json(self) -> dict[str, Any]:
         return {
             "mode": self.mode,
+            "text": str(self),
             "rows": {"result": self.rows, "target": self.target_rows, "shared": self.shared},
             "tokenizer": self.tokenizer_text,
             "matched": self.matched,
@@ -218,9 +219,7 @@ class Tokens:
     base: Vocabulary | None = None
 
 
-def align(
-    delta: Delta, target: Checkpoint, tables: Tables | None, mode: str | None
-) -> Tokens:
+def align(delta: Delta, target: Checkpoint, tables: Tables | None, mode: str | None) -> Tokens:
     """Decide where the rows of ``tables`` go. ``mode`` None: ``align`` where both tokenizers can be
     read, else ``strict``. Raises ``VocabularyMismatch``."""
     if tables is None:
@@ -249,6 +248,8 @@ def align(
                 "takes rows by their number.",
             )
         return Tokens(_strictly(delta, tables, count, target), False)
+    if mode is None and not (ours.covers(tables.tuned_rows) and theirs.covers(count)):
+        return Tokens(_strictly(delta, tables, count, target), False)
     if mode == STRICT:
         if base.rows != theirs.rows:
             raise VocabularyMismatch(
@@ -269,18 +270,21 @@ def _kept(delta: Delta, target: Checkpoint) -> bool:
     listed = target.tree.files()
     known = [path for path in TOKEN_FILES if path in files or path in listed]
     changed = any(file.path == BASE_FILE for file in delta.manifest.side_files)
-    return bool(known) and not changed and all(
-        path in files
-        and path in listed
-        and listed[path].size == files[path].size
-        and (listed[path].sha256 or hash_bytes(target.tree.read_bytes(path))) == files[path].sha256
-        for path in known
+    return (
+        bool(known)
+        and not changed
+        and all(
+            path in files
+            and path in listed
+            and listed[path].size == files[path].size
+            and (listed[path].sha256 or hash_bytes(target.tree.read_bytes(path)))
+            == files[path].sha256
+            for path in known
+        )
     )
 
 
-def _strictly(
-    delta: Delta, tables: Tables, count: int, target: Checkpoint
-) -> Alignment | None:
+def _strictly(delta: Delta, tables: Tables, count: int, target: Checkpoint) -> Alignment | None:
     """Nothing is moved. Where the tuned model has rows of its own, the target must have as many as
     the base."""
     bases = {cut.base for cut in delta.manifest.rows.values() if cut.base is not None}

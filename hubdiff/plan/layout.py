@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from hubdiff.checkpoint import INDEX, Checkpoint, Placed
 from hubdiff.plan.alignment import Alignment
@@ -88,12 +89,10 @@ class Layout:
             return [self._step(entry, placed, terms)]
         table = self.tables[entry.name]
         edges = table.edges(placed.entry.shape[0])
-        pairs = zip(edges, edges[1:], strict=False)
+        pairs = pairwise(edges)
         return [self._run(table, entry, placed, terms, *edge) for edge in pairs]
 
-    def _step(
-        self, entry: TensorEntry, source: Placed | None, terms: tuple[Term, ...]
-    ) -> Step:
+    def _step(self, entry: TensorEntry, source: Placed | None, terms: tuple[Term, ...]) -> Step:
         plain = self.method is None or (self.method.name == "linear" and len(terms) < 2)
         return Step(entry, source, terms, None if plain else self.method)
 

@@ -26,7 +26,9 @@ from hubdiff.sidecars import LeftOut
 def own_base_plan(delta: Delta, target: Checkpoint, verdict: Verdict) -> MergePlan:
     """Every file of the tuned repo: rebuilt, or copied from delta or base."""
     base = cut_at_rows(delta, target)
-    cuts = {delta.records[name].tuned_name: (cut.shared,) for name, cut in delta.manifest.rows.items()}
+    cuts = {
+        delta.records[name].tuned_name: (cut.shared,) for name, cut in delta.manifest.rows.items()
+    }
     by_tuned_name = {record.tuned_name: record for record in delta.manifest.tensors}
     same = {info.sha256: path for path, info in target.tree.files().items() if info.sha256}
     weights: list[WeightsFile] = []

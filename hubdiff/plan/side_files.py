@@ -69,9 +69,9 @@ def plan_side_files(
 @dataclass
 class _Replay:
     """One delta on the files of the target, or of the result so far. Reads the small files it has
-    to compare or merge; everything else is only planned. The result's vocabulary has ``rows``, where
-    that was asked. ``name``, where there are several, and
-    those ``replayed`` before it are for the notes."""
+    to compare or merge; everything else is only planned. The result's vocabulary has ``rows``,
+    where that was asked. ``name``, where there are several, and those ``replayed`` before it are
+    for the notes."""
 
     delta: Delta
     target: Checkpoint
@@ -171,9 +171,7 @@ class _Replay:
             return before
         return _made(file.path, token_files.text(joined))
 
-    def _joined(
-        self, entries: token_files.Entries, alignment: Alignment
-    ) -> dict[str, WholeFile]:
+    def _joined(self, entries: token_files.Entries, alignment: Alignment) -> dict[str, WholeFile]:
         """The target's tokenizer with the tuned model's tokens."""
         path, added = token_files.TOKENIZER, token_files.ADDED
         where = f"{self.target.tree.pin}/{path}"
@@ -256,7 +254,9 @@ class _Replay:
             self._json_so_far(file),
             CONFIG_RULES if path == "config.json" else GENERATION_RULES,
         )
-        self.notes.extend(f"{self.who}{path}: {note}" for note in merged.notes)
+        for note in merged.notes:
+            if self.rows is None or not note.field.endswith("vocab_size"):  # it follows the rows
+                self.notes.append(f"{self.who}{path}: {note}")
         return _made(path, json_text(merged.value).encode())
 
     def _in_result(self, path: str, vocabulary: Vocabulary | None) -> dict[str, Any]:

@@ -152,4 +152,6 @@ def with_rows(config: dict[str, Any], rows: int) -> dict[str, Any]:
 
 def text(document: Any) -> bytes:
     """A tokenizer's file, as transformers writes it."""
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode(
+        "utf-8", "surrogatepass"
+    )

@@ -10,15 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hubdiff.checkpoint import Checkpoint, Placed
-from hubdiff.configs import quantised, tied
-from hubdiff.errors import CannotApply, NamesMismatch, NotPortable, VocabularyMismatch
+from hubdiff.configs import layers_of, quantised, tied
+from hubdiff.errors import (
+    CannotApply,
+    NamesMismatch,
+    NotPortable,
+    ShapeMismatch,
+    VocabularyMismatch,
+)
 from hubdiff.forecast import Look
 from hubdiff.manifest import TensorRecord
-from hubdiff.names import Match, Rename, has_vocabulary_word, match_names
+from hubdiff.names import Match, has_vocabulary_word, match_names
 from hubdiff.pair import EMBEDDINGS, FLOATS, HEADS, Filters, check_shapes
-from hubdiff.plan.alignment import Alignment, Tables, Tokens, align
+from hubdiff.plan.alignment import Tables, Tokens, align
 from hubdiff.plan.layout import Layout, Table
-from hubdiff.plan.side_files import plan_side_files
+from hubdiff.plan.side_files import carried_json, plan_side_files
 from hubdiff.plan.types import (
     PORTABLE_GROUPS,
     TRANSFER,
@@ -199,17 +205,16 @@ class Transfer:
                 next_step="Check the globs against the tensor names (hubdiff inspect --json).",
             )
         match = self._match()
+        self._check_depth()
         self._tables = Tables.of(self.delta, match.pairs, self.filters.takes)
         self._tokens = align(self.delta, self.target, self._tables, self.vocab)
         alignment = self._tokens.alignment
-        if alignment is not None:
-            self.notes.append(f"vocabulary: {alignment}")
-            self.notes.append(f"the result's tokenizer: {alignment.tokenizer_text}")
         own = self._own()
         terms = self._terms(match, own)
         added = self._added(match)
         partners = self._tables.partners.values() if self._tables and alignment else ()
         aligned = frozenset({*partners, *own, *self._tied})
+        self._check_all_grow(aligned)
         complete = self.delta.manifest.complete
         known = frozenset({*match.pairs.values(), *added}) if complete else None
         acts = {term.record.name: name for name, term in reversed(terms.items()) if term.factor}
@@ -219,6 +224,22 @@ class Transfer:
         return Contribution(
             self.item, terms, added, aligned, own, self._tokens, known, tuple(self.notes), look
         )
+
+    def _check_all_grow(self, aligned: frozenset[str]) -> None:
+        """Where rows are added, every tensor of the vocabulary must get them."""
+        alignment = self._tokens.alignment
+        if alignment is None or alignment.rows == alignment.target_rows:
+            return
+        for name, placed in self.target.tensors.items():
+            stays = name not in aligned and has_vocabulary_word(name)
+            if stays and placed.entry.shape[:1] == (alignment.target_rows,):
+                raise VocabularyMismatch(
+                    f"the tuned model's tokens need {alignment.rows:,} rows, and {name} of "
+                    f"{self.target.tree.pin} would keep {alignment.target_rows:,}: the delta has "
+                    "nothing for it",
+                    next_step="Leave the whole vocabulary out with --exclude, or resize the "
+                    "target first (model.resize_token_embeddings).",
+                )
 
     def _own(self) -> dict[str, Term]:
         """The rows that only the tuned model has, for the target's tensors that get them."""
@@ -259,6 +280,19 @@ class Transfer:
             )
         return match
 
+    def _check_depth(self) -> None:
+        """Layers that only one side has would be left without their Δ, and those after them get
+        that of others."""
+        ours = layers_of(carried_json(self.delta, "base/config.json"))
+        theirs = layers_of(self.target.config)
+        if ours is not None and theirs is not None and ours != theirs:
+            raise ShapeMismatch(
+                f"{self.target.tree.pin} has {theirs:,} layers, the base of the delta, "
+                f"{self.delta.manifest.base.name}, has {ours:,}",
+                next_step="A delta only makes sense between models of one architecture and size; "
+                "check the refs.",
+            )
+
     def _terms(self, match: Match, own: dict[str, Term]) -> dict[str, Term]:
         """What is added to each of the target's tensors that the delta touches."""
         terms = {}
@@ -298,8 +332,9 @@ class Transfer:
             )
 
     def _is_aligned(self, record: TensorRecord) -> bool:
-        aligned = self._tables is not None and self._tokens.alignment is not None
-        return aligned and record.name in self._tables.partners
+        if self._tables is None or self._tokens.alignment is None:
+            return False
+        return record.name in self._tables.partners
 
     def _without_partner(self, record: TensorRecord) -> None:
         if record.name in self.delta.manifest.aliases:
@@ -316,9 +351,7 @@ class Transfer:
             + (", or untie the target's output head first." if record.name in HEADS else "."),
         )
 
-    def _follow_ties(
-        self, match: Match, terms: dict[str, Term], own: dict[str, Term]
-    ) -> None:
+    def _follow_ties(self, match: Match, terms: dict[str, Term], own: dict[str, Term]) -> None:
         """A target that stores its tied head as a second copy keeps both copies equal."""
         paired = set(match.pairs.values())
         for head in HEADS:

@@ -76,8 +76,8 @@ class Weighted:
 @dataclass(frozen=True)
 class Term:
     """What one delta has for one tensor: the parts of ``record`` in ``groups``, times ``scale``
-    (that of the tensor) and ``weight`` (that of the delta). ``laid`` says which of its rows are laid
-    out where before they act; empty: they are where they belong."""
+    (that of the tensor) and ``weight`` (that of the delta). ``laid`` says which of its rows are
+    laid out where before they act; empty: they are where they belong."""
 
     delta: Delta
     record: TensorRecord

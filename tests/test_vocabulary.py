@@ -1,0 +1,563 @@
+"""Two vocabularies in one result: rows go where their token is, new ones come along, and the
+tokenizer, the configs and what is said of it fit the rows."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import models
+import pytest
+import torch
+import vocabularies as v
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+import hubdiff
+from hubdiff.devhub import DevHub
+from hubdiff.errors import CannotApply, ShapeMismatch, VocabularyMismatch
+from hubdiff.jobs.verify import verify
+
+WORDS = [f"w{i}" for i in range(60)]
+SPECIALS = ["<s>", "</s>", "<unk>"]
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing would take most of the time here; test_picture.py does it."""
+    monkeypatch.setattr("hubdiff.jobs.push._picture", lambda _: b"")
+
+
+class World(NamedTuple):
+    """Base, tuned model and target, and the delta of the first two."""
+
+    base: Path
+    tuned: Path
+    target: Path
+    delta: Path
+
+
+def world(
+    folder: Path,
+    base: tuple[int, str | None],
+    tuned: tuple[int, str | None],
+    target: tuple[int, str | None],
+    *,
+    width: int = 8,
+    push: dict[str, Any] | None = None,
+    **tuned_config: object,
+) -> World:
+    """Models of so many rows with these tokenizers."""
+    old = v.tensors(base[0], width)
+    new = v.resized(models.moved(old), tuned[0])
+    ours = v.save(folder / "base", old, base[1])
+    theirs = v.save(folder / "tuned", new, tuned[1], **tuned_config)
+    later = models.moved(old, step=1e-3, seed=9)
+    to = v.save(folder / "target", v.resized(later, target[0], seed=21), target[1])
+    hubdiff.push_delta(theirs, folder / "delta", base=ours, **(push or {}))
+    return World(ours, theirs, to, folder / "delta")
+
+
+def put(here: World, **options: Any) -> tuple[v.Tensors, Path, dict[str, Any]]:
+    output = here.target.parent / "result"
+    options = {"output": output, "force": True, **options}
+    applied = hubdiff.apply(here.delta, here.target, **options)
+    return v.read(output), output, applied.plan
+
+
+def check_rows(here: World, result: v.Tensors, output: Path) -> None:
+    """Every token of the result, against the three models it comes from."""
+    tokens = {name: v.tokens_of(path) for name, path in here._asdict().items() if name != "delta"}
+    found = v.tokens_of(output)
+    base, tuned, target = (v.read(path) for path in here[:3])
+    assert set(found) >= {*tokens["target"], *(set(tokens["tuned"]) - set(tokens["base"]))}
+    for name in (v.EMBED, v.HEAD):
+        assert len(result[name]) > max(found.values())
+        for token, row in found.items():
+            mine, theirs = tokens["tuned"].get(token), tokens["target"].get(token)
+            if theirs is not None:
+                assert row == theirs
+            if mine is None:
+                wanted = target[name][theirs]
+            elif tokens["base"].get(token) == mine and theirs is not None:
+                wanted = v.exact(target[name][theirs], tuned[name][mine], base[name][mine])
+            else:
+                wanted = tuned[name][mine]
+            assert torch.equal(result[name][row], wanted), (name, token)
+    assert v.config(output)["vocab_size"] == len(result[v.EMBED]) == len(result[v.HEAD])
+
+
+# --- the families of the wild ---
+
+
+def test_like_vicuna_one_more_row_than_the_base(tmp_path: Path) -> None:
+    """32,000 rows and 32,001: a padding token was added and the embedding resized."""
+    words = [f"w{i}" for i in range(31_997)]
+    plain, padded = v.tokenizer(words, SPECIALS), v.tokenizer(words, [*SPECIALS, "<pad>"])
+    here = world(tmp_path, (32_000, plain), (32_001, padded), (32_000, plain), pad_token_id=32_000)
+    found = verify(here.delta, base=here.base, tuned=here.tuned)
+    assert found.rebuilt == found.tuned_files
+
+    hubdiff.apply(here.delta, here.base, output=tmp_path / "again")
+    again, tuned = models.hashes(tmp_path / "again"), models.hashes(here.tuned)
+    assert {path: again[path] for path in tuned} == tuned
+
+    result, output, plan = put(here)
+    check_rows(here, result, output)
+    assert plan["case"] == "transfer"
+    assert plan["scratch"] == 0  # nothing had to be laid out anew
+    (said,) = plan["vocabulary"]
+    assert said["rows"] == {"result": 32_001, "target": 32_000, "shared": 32_000}
+    assert said["added"] == {"count": 1, "tokens": {"<pad>": 32_000}}
+    assert said["tokenizer"] == "the tuned model's"
+    assert v.config(output)["pad_token_id"] == 32_000
+    assert AutoTokenizer.from_pretrained(output).convert_tokens_to_ids("<pad>") == 32_000
+
+
+def test_like_qwen_rows_padded_to_a_multiple(tmp_path: Path) -> None:
+    """151,936 rows for 151,665 tokens, and 152,064 in another release. The tune took two of the
+    rows that were padding for tokens of its own."""
+    words = [f"w{i}" for i in range(151_643)]
+    specials = [f"<|special_{i}|>" for i in range(22)]
+    plain = v.tokenizer(words, specials)
+    more = v.tokenizer(words, [*specials, "<|tool|>", "<|/tool|>"])
+    here = world(tmp_path, (151_936, plain), (151_936, more), (152_064, plain), width=4)
+    result, output, plan = put(here)
+    check_rows(here, result, output)
+    (said,) = plan["vocabulary"]
+    assert said["added"]["tokens"] == {"<|tool|>": 151_665, "<|/tool|>": 151_666}
+    assert said["rows"]["result"] == 152_064
+    target = v.read(here.target)
+    assert torch.equal(result[v.EMBED][151_936:], target[v.EMBED][151_936:])
+    assert verify(here.delta, base=here.base, tuned=here.tuned).rebuilt
+
+
+def test_like_qwen_a_tune_that_cut_the_padding_off(tmp_path: Path) -> None:
+    """``resize_token_embeddings(len(tokenizer))`` leaves fewer rows than the base has."""
+    plain = v.tokenizer(WORDS, SPECIALS)
+    here = world(tmp_path, (96, plain), (63, plain), (96, plain))
+    assert verify(here.delta, base=here.base, tuned=here.tuned).rebuilt
+    result, output, plan = put(here)
+    check_rows(here, result, output)
+    assert torch.equal(result[v.HEAD][63:], v.read(here.target)[v.HEAD][63:])
+    assert plan["vocabulary"][0]["tokenizer"].startswith("the same tokens")
+
+
+def llama_3(names: dict[int, str]) -> str:
+    """128,000 words and 256 special tokens, of which ``names`` are not reserved."""
+    words = [f"w{i}" for i in range(128_000)]
+    reserved = iter(range(256))
+    specials = [names.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(256)]
+    return v.tokenizer(words, specials)
+
+
+BASE_SPECIALS = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 9: "<|eot_id|>"}
+
+
+def test_like_llama_3_reserved_tokens_that_the_target_has_elsewhere(tmp_path: Path) -> None:
+    """3.1 put new names between the reserved ones: the same names stand for other rows."""
+    old = llama_3(BASE_SPECIALS)
+    new = llama_3({**BASE_SPECIALS, 4: "<|finetune_right_pad_id|>", 8: "<|eom_id|>"})
+    here = world(tmp_path, (128_256, old), (128_256, old), (128_256, new), width=4)
+    result, output, plan = put(here)
+    check_rows(here, result, output)
+    (said,) = plan["vocabulary"]
+    assert said["left"] == {"count": 2, "tokens": ["<|finetune_right_pad_id|>", "<|eom_id|>"]}
+    assert said["missing"]["count"] == 2  # the last two reserved ones
+    assert said["moved"] == 249
+    assert said["tokenizer"] == "the target's"
+    assert v.tokens_of(output) == v.tokens_of(here.target)
+
+
+def test_like_llama_3_reserved_tokens_that_the_tune_gave_names(tmp_path: Path) -> None:
+    """A chat format in reserved tokens. Δ is that of the reserved row, so it goes to that row, and
+    the target's tokenizer calls it what the tune does."""
+    old = llama_3(BASE_SPECIALS)
+    tuned = old
+    chat = {"<|im_start|>": 13, "<|im_end|>": 14}
+    for name, row in chat.items():
+        tuned = tuned.replace(f"<|reserved_special_token_{row - 3}|>", name)
+    new = llama_3({**BASE_SPECIALS, 4: "<|finetune_right_pad_id|>"})
+    here = world(
+        tmp_path,
+        (128_256, old),
+        (128_256, tuned),
+        (128_256, new),
+        width=4,
+        eos_token_id=128_014,
+    )
+    result, output, plan = put(here)
+    found, theirs = v.tokens_of(output), v.tokens_of(here.target)
+    (said,) = plan["vocabulary"]
+    renamed = said["renamed"]["tokens"]
+    assert renamed == {
+        "<|reserved_special_token_10|>": "<|im_start|>",
+        "<|reserved_special_token_11|>": "<|im_end|>",
+    }
+    assert found["<|im_start|>"] == 128_014  # one further than in the tuned model
+    base, tune, target = (v.read(path) for path in here[:3])
+    mine = v.tokens_of(here.tuned)
+    for old_name, name in renamed.items():
+        assert found[name] == theirs[old_name]
+        assert old_name not in found
+        row = mine[name]
+        wanted = v.exact(target[v.EMBED][found[name]], tune[v.EMBED][row], base[v.EMBED][row])
+        assert torch.equal(result[v.EMBED][found[name]], wanted)
+    assert v.config(output)["eos_token_id"] == found["<|im_end|>"]
+    loaded = AutoTokenizer.from_pretrained(output)
+    assert loaded.encode("<|im_start|>", add_special_tokens=False) == [found["<|im_start|>"]]
+
+
+# --- any two vocabularies ---
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    """A base, a tune that may add tokens and rows, and a target of a part of the base's words in
+    another order, with words of its own."""
+    base_words = draw(st.integers(12, 40))
+    base_rows = base_words + 3 + draw(st.sampled_from([0, 0, 1, 9]))
+    new = draw(st.integers(0, 4))
+    words = [f"w{i}" for i in range(base_words)]
+    kept = draw(st.permutations(words))[: draw(st.integers(base_words // 2 + 1, base_words))]
+    in_order = draw(st.booleans())
+    kept = words if in_order else ["w0", *(word for word in kept if word != "w0")]
+    target_words = [*kept, *(f"t{i}" for i in range(draw(st.integers(0, 6))))]
+    fresh = [f"<n{i}>" for i in range(new)]
+    tuned_rows = max(base_words + 3 + new, base_rows) + draw(st.sampled_from([0, 0, 5]))
+    known = draw(st.lists(st.sampled_from(fresh), unique=True)) if fresh else []
+    target_rows = len(target_words) + 3 + len(known) + draw(st.sampled_from([0, 0, 2, 7]))
+    return {
+        "base": (base_rows, v.tokenizer(words, SPECIALS)),
+        "tuned": (tuned_rows, v.tokenizer(words, [*SPECIALS, *fresh])),
+        "target": (target_rows, v.tokenizer(target_words, [*SPECIALS, *known])),
+        "push": {"plain": draw(st.booleans())},
+    }
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=cases())
+def test_every_token_has_its_row(
+    case: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    here = world(tmp_path_factory.mktemp("world"), **case)
+    assert verify(here.delta, base=here.base, tuned=here.tuned).rebuilt
+    result, output, _ = put(here)
+    check_rows(here, result, output)
+
+
+def shuffled(words: list[str], seed: int = 3) -> list[str]:
+    """The words in another order, the unknown one first."""
+    rest = words[1:]
+    random.Random(seed).shuffle(rest)
+    return [words[0], *rest]
+
+
+@pytest.fixture
+def moved(tmp_path: Path) -> World:
+    """A target of the same words in another order, and one token that the tune added."""
+    return world(
+        tmp_path,
+        (63, v.tokenizer(WORDS, SPECIALS)),
+        (64, v.tokenizer(WORDS, [*SPECIALS, "<new>"])),
+        (64, v.tokenizer(shuffled(WORDS), [*SPECIALS, "<its own>"])),
+        eos_token_id=63,
+    )
+
+
+def test_the_result_says_what_was_matched_added_and_left(moved: World) -> None:
+    result, output, plan = put(moved)
+    check_rows(moved, result, output)
+    (said,) = plan["vocabulary"]
+    assert said["mode"] == "align"
+    assert (said["matched"], said["added"]["tokens"]) == (63, {"<new>": 64})
+    assert said["left"]["tokens"] == ["<its own>"]
+    assert said["tokenizer"] == "the target's, with 1 of the tuned model's tokens"
+    record = json.loads((output / "hubdiff-result.json").read_text())
+    assert record["vocabulary"] == plan["vocabulary"]
+    card = (output / "README.md").read_text()
+    for text in (
+        "## Vocabulary",
+        "| matched: Δ is on their row | 63 | 57 of them in another row |",
+        "| added: the row is the tuned model's own | 1 | `<new>` |",
+        "does not know them | 1 | `<its own>` |",
+        f"Tokenizer: {said['tokenizer']}.",
+    ):
+        assert text in card
+    assert v.config(output)["eos_token_id"] == 64  # the tune's <new>, where it is now
+
+
+def test_a_dry_run_plans_what_is_done(moved: World) -> None:
+    planned = hubdiff.apply(moved.delta, moved.target, output=moved.target / "x", dry_run=True)
+    _, _, plan = put(moved)
+    assert planned.plan == plan
+    assert plan["scratch"] > 0
+
+
+def test_reads_only_planned_bytes(devhub: DevHub, put_repo: Any, moved: World) -> None:
+    repos = {
+        name: put_repo({str(f.relative_to(folder)): f.read_bytes() for f in files(folder)})
+        for name, folder in (("delta", moved.delta), ("target", moved.target))
+    }
+    output = moved.target.parent / "result"
+    devhub.log.clear()
+    planned = hubdiff.apply(repos["delta"], repos["target"], output=output, dry_run=True)
+    looked = {name: devhub.log.bytes_served(repo, "*.safetensors") for name, repo in repos.items()}
+    devhub.log.clear()
+    applied = hubdiff.apply(repos["delta"], repos["target"], output=output, force=True)
+    assert applied.plan == planned.plan
+    for name, repo in repos.items():
+        side = sum(
+            file["bytes"]
+            for file in applied.plan["files"]
+            if file["action"] == f"copy from {name}" and not file["path"].endswith(".safetensors")
+        )
+        served = devhub.log.bytes_served(repo, "*.safetensors") - looked[name]
+        assert served + side == applied.plan["read"][name]
+    assert v.read(output).keys() == v.read(moved.target).keys()
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+# --- the modes ---
+
+
+def test_strict_refuses_other_tokens(moved: World) -> None:
+    with pytest.raises(VocabularyMismatch, match="not those of the base") as caught:
+        put(moved, vocab="strict")
+    assert "--vocab align" in str(caught.value.next_step)
+
+
+def test_strict_is_content_where_the_target_has_the_tokens_of_the_base(tmp_path: Path) -> None:
+    plain = v.tokenizer(WORDS, SPECIALS)
+    here = world(tmp_path, (63, plain), (64, v.tokenizer(WORDS, [*SPECIALS, "<new>"])), (63, plain))
+    strict, _, plan = put(here, vocab="strict")
+    assert plan["vocabulary"][0]["mode"] == "strict"
+    aligned, output, _ = put(here)
+    check_rows(here, aligned, output)
+    assert all(torch.equal(strict[name], aligned[name]) for name in aligned)
+
+
+def test_rows_goes_by_number(moved: World) -> None:
+    result, _, plan = put(moved, vocab="rows")
+    base, tuned, target = (v.read(path) for path in moved[:3])
+    for name in (v.EMBED, v.HEAD):
+        wanted = v.exact(target[name][:63], tuned[name][:63], base[name])
+        assert torch.equal(result[name][:63], wanted)
+        assert torch.equal(result[name][63], tuned[name][63])
+    assert plan["vocabulary"][0]["mode"] == "rows"
+
+
+@pytest.mark.parametrize("side", ["target", "delta"])
+def test_without_a_tokenizer_strict_is_the_default(tmp_path: Path, side: str) -> None:
+    plain = v.tokenizer(WORDS, SPECIALS)
+    ours, theirs = (None, plain) if side == "delta" else (plain, None)
+    here = world(tmp_path, (63, ours), (63, ours), (70, theirs))
+    with pytest.raises(VocabularyMismatch, match="63 rows in the delta and 70 in the target"):
+        put(here)
+    with pytest.raises(VocabularyMismatch, match=r"tokenizer .* can't be read"):
+        put(here, vocab="align")
+    result, _, _ = put(here, vocab="rows")
+    assert torch.equal(result[v.EMBED][63:], v.read(here.target)[v.EMBED][63:])
+
+
+def test_a_tokenizer_of_a_few_of_the_rows_is_a_doubt(tmp_path: Path) -> None:
+    """A vocabulary that leaves most rows without a token is not that of the model."""
+    few = v.tokenizer(WORDS[:20])
+    here = world(tmp_path, (63, few), (63, few), (70, few))
+    with pytest.raises(VocabularyMismatch, match="63 rows in the delta and 70 in the target"):
+        put(here)
+    put(here, vocab="align")  # who knows better may say so
+
+
+def test_a_mode_that_is_none_is_refused(moved: World) -> None:
+    with pytest.raises(CannotApply, match="no way 'alike'"):
+        put(moved, vocab="alike")
+
+
+# --- whatever else a model is ---
+
+
+def test_tokens_of_the_tokenizers_own_rules_are_refused(tmp_path: Path) -> None:
+    """Words of its model can't be put into another: its merges or scores would be missing."""
+    here = world(
+        tmp_path,
+        (63, v.tokenizer(WORDS, SPECIALS)),
+        (65, v.tokenizer([*WORDS[:60]], [*SPECIALS]).replace('"w59":59', '"w59":59,"x":63')),
+        (64, v.tokenizer(shuffled(WORDS), [*SPECIALS, "<its own>"])),
+    )
+    with pytest.raises(VocabularyMismatch, match="1 tokens of the tuned model are no added") as e:
+        put(here)
+    assert "--vocab rows" in str(e.value.next_step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_new_rows_get_the_targets_dtype(moved: World, dtype: torch.dtype) -> None:
+    wide = {name: tensor.to(dtype) for name, tensor in v.read(moved.target).items()}
+    text = (moved.target / "tokenizer.json").read_text()
+    v.save(moved.target, wide, text)
+    result, _, _ = put(moved)
+    tuned = v.read(moved.tuned)[v.EMBED]
+    assert result[v.EMBED].dtype == dtype
+    assert torch.equal(result[v.EMBED][64], tuned[63].to(dtype))
+
+
+def test_a_tied_head_gets_the_same_rows(tmp_path: Path) -> None:
+    """The target stores its tied head a second time: both copies stay equal."""
+    plain = v.tokenizer(WORDS, SPECIALS)
+    folder = tmp_path / "tied"
+    folder.mkdir()
+    old = {name: t for name, t in v.tensors(63).items() if name != v.HEAD}
+    new = v.resized(models.moved(old), 64)
+    base = v.save(folder / "base", old, plain, tie_word_embeddings=True)
+    added = v.tokenizer(WORDS, [*SPECIALS, "<new>"])
+    tuned = v.save(folder / "tuned", {**new, v.HEAD: new[v.EMBED].clone()}, added,
+                   tie_word_embeddings=True)  # fmt: skip
+    later = models.moved(old, step=1e-3, seed=9)
+    other = v.tokenizer(shuffled(WORDS), SPECIALS)
+    target = v.save(folder / "target", {**later, v.HEAD: later[v.EMBED].clone()}, other,
+                    tie_word_embeddings=True)  # fmt: skip
+    hubdiff.push_delta(tuned, folder / "delta", base=base)
+    here = World(base, tuned, target, folder / "delta")
+    assert verify(here.delta, base=base, tuned=tuned).rebuilt
+    result, output, _ = put(here)
+    assert torch.equal(result[v.EMBED], result[v.HEAD])
+    assert len(result[v.EMBED]) == 64
+    row = v.tokens_of(output)["<new>"]
+    assert torch.equal(result[v.EMBED][row], new[v.EMBED][63])
+
+
+def test_several_deltas_are_aligned_each(moved: World, tmp_path: Path) -> None:
+    """Each Δ goes where its tokens are; only one delta may bring tokens of its own."""
+    plain = v.tokenizer(WORDS, SPECIALS)
+    other = v.save(tmp_path / "other", models.moved(v.read(moved.base), seed=4), plain)
+    hubdiff.push_delta(other, tmp_path / "delta-2", base=moved.base)
+    output = tmp_path / "both"
+    hubdiff.apply([moved.delta, tmp_path / "delta-2"], moved.target, output=output, force=True)
+    result, found = v.read(output)[v.EMBED], v.tokens_of(output)
+    base, tuned, target = (v.read(path)[v.EMBED] for path in moved[:3])
+    second, mine = v.read(other)[v.EMBED], v.tokens_of(moved.base)
+    for token in WORDS:
+        row, was = found[token], mine[token]
+        deltas = (side[was].float() - base[was].float() for side in (tuned, second))
+        wanted = target[row].float()
+        for delta in deltas:
+            wanted = wanted + delta
+        assert torch.equal(result[row], wanted.to(torch.bfloat16))
+    assert torch.equal(result[found["<new>"]], tuned[63])
+    with pytest.raises(CannotApply, match="both bring tokens of their own"):
+        hubdiff.apply([moved.delta, moved.delta], moved.target, output=output, force=True)
+
+
+@pytest.mark.parametrize("options", [{"method": "ties"}, {"method": "dare", "density": 0.5}])
+def test_methods_work_on_aligned_rows(moved: World, options: dict[str, Any]) -> None:
+    result, output, _ = put(moved, **options)
+    tuned, target = v.read(moved.tuned)[v.EMBED], v.read(moved.target)[v.EMBED]
+    found = v.tokens_of(output)
+    assert torch.equal(result[v.EMBED][found["<new>"]], tuned[63])
+    assert torch.equal(result[v.EMBED][found["<its own>"]], target[found["<its own>"]])
+    assert not torch.equal(result[v.EMBED][:60], target[:60])
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"plain": True}])
+def test_any_encoding_is_laid_out(tmp_path: Path, options: dict[str, Any]) -> None:
+    plain = v.tokenizer(WORDS, SPECIALS)
+    other = v.tokenizer(shuffled(WORDS), SPECIALS)
+    here = world(tmp_path, (63, plain), (63, plain), (63, other), push=options)
+    result, output, plan = put(here)
+    assert plan["scratch"] > 0
+    mine, found = v.tokens_of(here.tuned), v.tokens_of(output)
+    with hubdiff.open_delta(here.delta) as delta:
+        change = delta.get_tensor(v.EMBED)
+    target = v.read(here.target)[v.EMBED]
+    for token, row in found.items():
+        wanted = (target[row].double() + change[mine[token]].double()).float()
+        assert torch.allclose(result[v.EMBED][row].float(), wanted, rtol=2**-8)
+
+
+def test_load_gives_what_apply_writes(tmp_path: Path) -> None:
+    words = [f"w{i}" for i in range(93)]
+    old = models.weights()
+    base = models.save(
+        tmp_path / "base", old, files={"tokenizer.json": v.tokenizer(words, SPECIALS)}
+    )
+    new = v.resized(models.moved(old), 97)
+    more = v.tokenizer(words, [*SPECIALS, "<new>"])
+    tuned = models.save(tmp_path / "tuned", new, files={"tokenizer.json": more}, vocab_size=97)
+    other = v.tokenizer(shuffled(words), SPECIALS)
+    later = models.moved(old, step=1e-3, seed=9)
+    target = models.save(tmp_path / "target", later, files={"tokenizer.json": other})
+    hubdiff.push_delta(tuned, tmp_path / "delta", base=base)
+    hubdiff.apply(tmp_path / "delta", target, output=tmp_path / "result", force=True)
+    written = LlamaForCausalLM.from_pretrained(tmp_path / "result", dtype=torch.bfloat16)
+    loaded = hubdiff.load(tmp_path / "delta", target, dtype=torch.bfloat16)
+    assert loaded.config.vocab_size == 97
+    for name, tensor in written.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_a_partial_delta_is_aligned_too(tmp_path: Path) -> None:
+    plain, other = v.tokenizer(WORDS, SPECIALS), v.tokenizer(shuffled(WORDS), SPECIALS)
+    push = {"include": [v.EMBED]}
+    more = v.tokenizer(WORDS, [*SPECIALS, "<new>"])
+    here = world(tmp_path, (63, plain), (64, more), (63, other), push=push)
+    found = verify(here.delta, base=here.base)
+    assert found.base_tensors == 1
+    with pytest.raises(VocabularyMismatch, match=r"need 64 rows, and lm_head\.weight .* keep 63"):
+        put(here)
+    v.save(here.target, v.resized(v.read(here.target), 70), other)  # there is a row for it
+    result, output, _ = put(here)
+    row = v.tokens_of(output)["<new>"]
+    assert torch.equal(result[v.EMBED][row], v.read(here.tuned)[v.EMBED][63])
+    assert torch.equal(result[v.HEAD], v.read(here.target)[v.HEAD])
+
+
+def test_deeper_and_wider_targets_are_refused_and_named(tmp_path: Path) -> None:
+    old = models.weights()
+    base = models.save(tmp_path / "base", old)
+    tuned = models.save(tmp_path / "tuned", models.moved(old))
+    hubdiff.push_delta(tuned, tmp_path / "delta", base=base)
+    more = {
+        name.replace(".1.", ".2."): t.clone() for name, t in old.items() if ".layers.1." in name
+    }
+    deep = models.save(tmp_path / "deep", {**old, **more}, num_hidden_layers=3)
+    with pytest.raises(ShapeMismatch, match="has 3 layers, the base of the delta, base, has 2"):
+        hubdiff.apply(tmp_path / "delta", deep, output=tmp_path / "result")
+    wide = models.save(tmp_path / "wide", {n: torch.cat([t, t], -1) for n, t in old.items()})
+    with pytest.raises(ShapeMismatch, match=r"is \[96, 64\] in the delta and \[96, 128\] in the"):
+        hubdiff.apply(tmp_path / "delta", wide, output=tmp_path / "result")
+
+
+def test_check_tells_of_tokens_that_are_aligned(moved: World) -> None:
+    found = {item.subject: item for item in hubdiff.check(moved.delta, moved.target).findings}
+    assert found["tokens"].state == "differs"
+    assert "63 tokens matched" in found["tokens"].text
+    assert "rows of the vocabulary only" in found["shapes"].text
+    refused = hubdiff.check(moved.delta, moved.target, vocab="strict")
+    assert refused.verdict.level == "refuse"
+
+
+def test_the_forecast_compares_rows_of_one_token(tmp_path: Path) -> None:
+    """The target is the base with its rows in another order: compared by token it is the same."""
+    plain, other = v.tokenizer(WORDS, SPECIALS), v.tokenizer(shuffled(WORDS), SPECIALS)
+    here = world(tmp_path, (63, plain), (63, plain), (63, other), width=256)
+    old, mine = v.read(here.base), v.tokens_of(here.base)
+    order = [
+        mine[token] for token, _ in sorted(v.tokens_of(here.target).items(), key=lambda i: i[1])
+    ]
+    permuted = {n: t[order].clone() if n != v.NORM else t for n, t in old.items()}
+    v.save(here.target, permuted, other)
+    assert cosine(here, None) > 0.9999
+    assert cosine(here, "rows") < 0.5
+
+
+def cosine(here: World, mode: str | None) -> float:
+    forecast = hubdiff.check(here.delta, here.target, vocab=mode).forecast
+    assert forecast is not None
+    assert forecast.cosine is not None
+    return forecast.cosine
