@@ -100,7 +100,11 @@ def delta_card(
         exclude=(filters or {}).get("exclude") or (),
         shell=_shell(_here(repo, name), _ref(base), "./restored" if rebuilds else "./result"),
         python=f"import hubdiff\n\nmodel = hubdiff.load({_here(repo, name)!r}, {_ref(base)!r})",
-        numbers=[*_numbers(summarise(manifest)), *(measurements or {}).items()],
+        numbers=[
+            *_numbers(summarise(manifest)),
+            *_cut_rows(manifest),
+            *(measurements or {}).items(),
+        ],
         picture=picture,
         not_carried=_by_reason(tuned.get("not_carried") or ()),
         **_licence_words(parents),
@@ -375,6 +379,18 @@ def _numbers(summary: Summary) -> list[tuple[str, str]]:
     if summary.relative_norm is not None:
         rows.append(("‖Δ‖ / ‖base‖", percent(summary.relative_norm)))
     return rows
+
+
+def _cut_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How many rows the tuned model's vocabulary has, where its base has another number, or other
+    tokens in them."""
+    shapes = {t.get("name"): t.get("shape") or [0] for t in manifest.get("tensors") or ()}
+    for name, cut in (manifest.get("rows") or {}).items():
+        own = (shapes.get(f"{name}[{cut['shared']}:]") or [0])[0]
+        base = f" of {cut['base']:,}" if cut.get("base") is not None else ""
+        text = f"{cut['shared'] + own:,}: {cut['shared']:,} compared with the base's{base}"
+        return [("Rows of the vocabulary", f"{text}, {own:,} kept as they are")]
+    return []
 
 
 def _worst_errors(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

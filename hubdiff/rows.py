@@ -206,11 +206,15 @@ class Run:
 def runs_of(places: Mapping[int, int]) -> tuple[Run, ...]:
     """Rows as runs, in the order of the rows that they make: ``places`` gives of each such row the
     row that it is made of."""
-    runs: list[Run] = []
-    for at in sorted(places):
-        row = places[at]
-        if runs and at == runs[-1].at + runs[-1].count and row == runs[-1].row + runs[-1].count:
-            runs[-1] = replace(runs[-1], count=runs[-1].count + 1)
-        else:
-            runs.append(Run(at, row, 1))
+    runs, first, count = [], 0, 0
+    ordered = sorted(places)
+    for at in ordered:
+        if count and at == first + count and places[at] == places[first] + count:
+            count += 1
+            continue
+        if count:
+            runs.append(Run(first, places[first], count))
+        first, count = at, 1
+    if count:
+        runs.append(Run(first, places[first], count))
     return tuple(runs)

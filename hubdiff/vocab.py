@@ -181,7 +181,7 @@ def pack(vocabulary: Vocabulary) -> bytes:
     import zstandard
 
     text = json.dumps(dict(vocabulary.rows), ensure_ascii=False, separators=(",", ":"))
-    return zstandard.ZstdCompressor(level=19).compress(text.encode("utf-8", "surrogatepass"))
+    return zstandard.ZstdCompressor(level=9).compress(text.encode("utf-8", "surrogatepass"))
 
 
 def unpack(data: bytes, where: str) -> Vocabulary:

@@ -101,6 +101,8 @@ def test_like_vicuna_one_more_row_than_the_base(tmp_path: Path) -> None:
     found = verify(here.delta, base=here.base, tuned=here.tuned)
     assert found.rebuilt == found.tuned_files
 
+    said = "| 32,001: 32,000 compared with the base's of 32,000, 1 kept as they are |"
+    assert said in (here.delta / "README.md").read_text()
     hubdiff.apply(here.delta, here.base, output=tmp_path / "again")
     again, tuned = models.hashes(tmp_path / "again"), models.hashes(here.tuned)
     assert {path: again[path] for path in tuned} == tuned
