@@ -46,7 +46,7 @@ LAYERS = [
     {"forecast", "difference"},
     {"extract", "plan", "verdict", "forecast_picture"},
     {"compat", "lineage_page"},
-    {"trimming", "dense", "quick", "factored"},
+    {"trimming", "dense", "quick", "factored", "row_layer"},
     {"combine"},
     {"merge", "peft_file"},
     {"jobs"},
