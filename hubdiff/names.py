@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from hubdiff.anatomy import place
+
 _MAX_DEPTH = 3  # components a prefix may have; "model.language_model." has two
 _SAMPLE = 64  # unmatched names that are looked at to find a rename
 _VOCABULARY_WORDS = (
@@ -112,5 +114,5 @@ def differs_in_rows_only(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> b
 
 
 def has_vocabulary_word(name: str) -> bool:
-    """Whether a tensor may be an embedding or an output head, going by its name."""
-    return any(word in name for word in _VOCABULARY_WORDS)
+    """Whether a tensor may be an embedding or an output head, going by its name: no layer has."""
+    return place(name)[1] is None and any(word in name for word in _VOCABULARY_WORDS)

@@ -415,17 +415,17 @@ class _Matching:
                 self._taken[at] = row
             elif token is not None:
                 fresh.append((row, token))
-        if not fresh:
-            return
-        stay = not self._taken and shared <= self._count
-        stay = stay and self._used.isdisjoint(range(shared, rows))
         tokens = {self._renamed.get(token, token): row for token, row in self._theirs.rows.items()}
-        if stay and {**tokens, **{token: row for row, token in fresh}} == self._ours.rows:
-            self._taken = {row: row for row in range(shared, rows)}
-            self._added |= {token: row for row, token in fresh}
+        tokens |= {**self._added, **{token: row for row, token in fresh}}
+        free = shared <= self._count and self._used.isdisjoint(range(shared, rows))
+        if tokens == self._ours.rows and (free or not fresh):
+            if fresh:
+                self._taken = {row: row for row in range(shared, rows)}
+                self._added |= {token: row for row, token in fresh}
             return
-        first = max(self._theirs.size, *(row + 1 for row in self._added.values()), 0)
-        if first > self._count:
+        self._leave_holes()
+        first = self._theirs.size
+        if fresh and first > self._count:
             raise VocabularyMismatch(
                 f"the target's tokenizer has {first:,} tokens and its embedding {self._count:,} "
                 "rows",
@@ -433,6 +433,14 @@ class _Matching:
             )
         for at, (row, token) in enumerate(fresh, start=first):
             self._taken[at], self._added[token] = row, at
+
+    def _leave_holes(self) -> None:
+        """No token goes to a row between others after all: a tokenizer that is not the tuned
+        model's would not count that way."""
+        for token, row in self._added.items():
+            del self._changed[row]
+            self._missing.append(token)
+        self._added = {}
 
     def _match_unused(self) -> None:
         """Rows without a token in any of the three: padding, by number."""
