@@ -14,12 +14,15 @@ import torch
 import vocabularies as v
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hubdiff
 from hubdiff.devhub import DevHub
 from hubdiff.errors import CannotApply, ShapeMismatch, VocabularyMismatch
 from hubdiff.jobs.verify import verify
+from hubdiff.plan import token_files
+from hubdiff.plan.alignment import Alignment
+from hubdiff.vocab import Vocabulary
 
 WORDS = [f"w{i}" for i in range(60)]
 SPECIALS = ["<s>", "</s>", "<unk>"]
@@ -334,6 +337,102 @@ def test_reads_only_planned_bytes(devhub: DevHub, put_repo: Any, moved: World) -
 
 def files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+# --- tokenizers and configs ---
+
+
+def test_a_chat_format_comes_along_with_its_tokens(tmp_path: Path) -> None:
+    """Saved by transformers: special tokens, a template, and the ids that configs name."""
+
+    def save(name: str, tensors: v.Tensors, text: str, **more: Any) -> Path:
+        folder = v.save(tmp_path / name, tensors, text)
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=v.Tokenizer.from_str(text),
+            bos_token="<s>",
+            eos_token="</s>",
+            unk_token="<unk>",
+        )
+        made.add_special_tokens(more)
+        if more:
+            made.chat_template = (
+                "{% for m in messages %}<|start|>{{ m.content }}<|end|>{% endfor %}"
+            )
+            ids = {"eos_token_id": made.eos_token_id, "pad_token_id": made.pad_token_id}
+            v.save(folder, tensors, text, **ids)
+        made.save_pretrained(folder)
+        return folder
+
+    plain = v.tokenizer(WORDS, SPECIALS)
+    old = v.tensors(63)
+    base = save("base", old, plain)
+    specials = {"pad_token": "<pad>", "eos_token": "<|end|>"}
+    more: dict[str, Any] = {**specials, "additional_special_tokens": ["<|start|>"]}
+    tuned = save("tuned", v.resized(models.moved(old), 66), plain, **more)
+    other = v.tokenizer(shuffled(WORDS), [*SPECIALS, "<its own>"])
+    target = save("target", v.resized(models.moved(old, 1e-3, seed=9), 64), other)
+    hubdiff.push_delta(tuned, tmp_path / "delta", base=base)
+    here = World(base, tuned, target, tmp_path / "delta")
+    result, output, _ = put(here)
+    check_rows(here, result, output)
+    loaded, found = AutoTokenizer.from_pretrained(output), v.tokens_of(output)
+    assert len(loaded) == len(result[v.EMBED]) == 67
+    assert (loaded.eos_token, loaded.eos_token_id) == ("<|end|>", found["<|end|>"])
+    assert loaded.pad_token_id == found["<pad>"]
+    assert v.config(output)["eos_token_id"] == found["<|end|>"]
+    assert v.config(output)["pad_token_id"] == found["<pad>"]
+    asked = [{"role": "user", "content": "w5"}]
+    ids = loaded.apply_chat_template(asked, tokenize=True, return_dict=False)
+    assert [found["<|start|>"], found["<|end|>"]] == [ids[0], ids[-1]]
+
+
+def joined() -> Alignment:
+    """A target of three tokens, whose second one the tune calls otherwise, and a token of its own
+    in the fourth row."""
+    return Alignment(
+        *("align", 4, 3, 3, (), (), 3, 0, {"<new>": 3}, {"<r>": "<chat>"}, (), (), "joined"),
+        {"a": 0, "<chat>": 1, "b": 2, "<new>": 3},
+    )
+
+
+def test_older_tokenizer_configs_list_the_tokens_with_their_rows() -> None:
+    entries = {"<new>": {"special": True, "lstrip": True}}
+    target = {"added_tokens_decoder": {"1": {"content": "<r>", "special": True}}, "x": 1}
+    tuned = {"added_tokens_decoder": {"7": {"content": "<new>"}}, "x": 2}
+    assert token_files.joined_config(tuned, target, entries, joined()) == {
+        "added_tokens_decoder": {
+            "1": {"content": "<chat>", "special": True},
+            "3": {"content": "<new>", "special": True, "lstrip": True},
+        },
+        "x": 2,
+    }
+    assert token_files.joined_config(tuned, {}, entries, joined()) == {"x": 2}
+    assert token_files.joined_added({"<r>": 1}, joined()) == {"<chat>": 1, "<new>": 3}
+
+
+def test_ids_in_configs_mean_the_tokens_they_meant() -> None:
+    tuned = Vocabulary({"<new>": 0, "b": 1, "gone": 2})
+    config = {
+        "eos_token_id": [0, 1, 2, 99],
+        "text_config": {"pad_token_id": 1, "hidden_size": 1},
+        "vocab_size": 1,
+    }
+    assert token_files.with_ids(config, tuned, joined()) == {
+        "eos_token_id": [3, 2, 2, 99],
+        "text_config": {"pad_token_id": 2, "hidden_size": 1},
+        "vocab_size": 1,
+    }
+
+
+def test_a_word_of_the_vocabulary_can_be_renamed_where_it_is_a_whole_word() -> None:
+    """As BERT's [unused1]: it stands in the model's own list."""
+    words = {"model": {"type": "WordPiece", "vocab": {"a": 0, "<r>": 1, "b": 2}}}
+    made = token_files.joined_tokenizer(words, {"<new>": {}}, joined(), "x")
+    assert made["model"]["vocab"] == {"a": 0, "<chat>": 1, "b": 2}
+    assert made["added_tokens"] == [{"id": 3, "content": "<new>"}]
+    words["model"]["type"] = "BPE"
+    with pytest.raises(VocabularyMismatch, match="'<r>' other names, which x can't be given"):
+        token_files.joined_tokenizer(words, {"<new>": {}}, joined(), "x")
 
 
 # --- the modes ---
