@@ -21,8 +21,8 @@ from hubdiff.configs import quantised, tied
 from hubdiff.errors import CannotDiff, CheckpointError, NoWeights
 from hubdiff.files import FileTree
 from hubdiff.manifest import AdapterTensor
-from hubdiff.names import Match, match_names
-from hubdiff.pair import EMBEDDINGS, FLOATS, HEADS, Filters, Pair, TensorPair, check_shapes
+from hubdiff.names import EMBEDDINGS, HEADS, Match, match_names
+from hubdiff.pair import FLOATS, Filters, Pair, TensorPair, check_shapes
 from hubdiff.safetensors_io import TensorEntry, read_header
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

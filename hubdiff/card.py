@@ -32,10 +32,11 @@ _FILES_SHOWN = 5
 _ERRORS_SHOWN = 10
 _TOKENS_SHOWN = 20
 _TOKEN_ROWS = (
-    ("added", "added: the row is the tuned model's own"),
+    ("added", "added: new in the tuned model"),
+    ("replaced", "new in the tuned model, whose own row replaces the target's"),
     ("renamed", "renamed, as the tune did"),
     ("left", "left as in the target: the tuned model does not know them"),
-    ("missing", "of the tuned model, not in the target: their Δ has no row"),
+    ("missing", "of the tuned model, without a row in the target"),
 )
 
 

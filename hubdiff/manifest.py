@@ -24,7 +24,7 @@ from hubdiff.checkpoint import MANIFEST
 from hubdiff.errors import NewerFormat, NotADelta
 from hubdiff.files import FileTree
 from hubdiff.names import Rename
-from hubdiff.rows import Cut
+from hubdiff.rows import Cut, rest_name, whole_name
 from hubdiff.safetensors_io import (
     DTYPE_BITS,
     MAX_HEADER_BYTES,
@@ -210,8 +210,9 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """``rows`` says which vocabulary tensors are cut, by the names of their records: those hold the
-    rows that the base has too, and what the tuned model has beyond them is an added tensor."""
+    """``rows`` says which tensors of the vocabulary are cut, by the names of their records: those
+    hold the rows that the base has too, what the tuned model has beyond them is an added tensor.
+    ``same_tokens``: the tuned model's tokens are known to be the base's."""
 
     hubdiff_version: str
     base: Side
@@ -232,6 +233,7 @@ class Manifest:
     lossy: Lossy | None = None
     sample: sampling.Sample | None = None
     rows: dict[str, Cut] = field(default_factory=dict)
+    same_tokens: bool = False
     policy: dict[str, str] = field(
         default_factory=lambda: {"only_in_tuned": "add", "only_in_base": "keep"}
     )
@@ -289,6 +291,8 @@ class Manifest:
             document["lossy"] = asdict(self.lossy)
         if self.sample is not None:
             document["sample"] = sampling.to_json(self.sample)
+        if self.same_tokens:
+            document["same_tokens"] = True
         if self.rows:
             document["rows"] = {name: asdict(cut) for name, cut in self.rows.items()}
         return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
@@ -368,9 +372,11 @@ def _manifest(root: fields.Fields) -> Manifest:
         if "sample" in root
         else None,
         rows=_rows(root, tensors) if "rows" in root else {},
+        same_tokens=root.get("same_tokens", fields.boolean) if "same_tokens" in root else False,
         policy=root.get("policy", fields.string_map),
     )
     _check_names(manifest, root)
+    _check_cut(manifest, root)
     return manifest
 
 
@@ -381,12 +387,37 @@ def _rows(root: fields.Fields, tensors: Iterable[TensorRecord]) -> dict[str, Cut
     for name in root.get("rows", fields.mapping):
         one = reader.child(name)
         cut = Cut(
-            one.get("shared", fields.natural), one.get("base", fields.optional(fields.natural))
+            one.get("shared", fields.natural),
+            one.get("base", fields.optional(fields.natural)),
+            one.get("rest", fields.optional(fields.digest)),
         )
-        if shapes.get(name, ())[:1] != (cut.shared,):
+        shape, rest = shapes.get(name, ()), shapes.get(rest_name(name, cut.shared))
+        if shape[:1] != (cut.shared,):
             raise reader.bad(name, f"is cut behind {cut.shared:,} rows, which no record has")
+        if rest is not None and (rest[1:] != shape[1:] or len(rest) != len(shape)):
+            raise reader.bad(name, f"has rows of {list(rest)} behind those of {list(shape)}")
+        if cut.base is not None and cut.base < cut.shared:
+            raise reader.bad(name, f"shares {cut.shared:,} rows of {cut.base:,}")
         cuts[name] = cut
     return cuts
+
+
+def _check_cut(manifest: Manifest, root: fields.Fields) -> None:
+    """Rows that no cut explains are no tensor that a model could have."""
+    for record in manifest.tensors:
+        whole = whole_name(record.name)
+        if whole == record.name:
+            continue
+        cut = manifest.rows.get(whole)
+        if cut is None or record.name != rest_name(whole, cut.shared) or not record.added:
+            raise root.bad("tensors", f"rows called {record.name!r} that no cut explains")
+    rests = {
+        math.prod(record.shape[:1])
+        for record in manifest.tensors
+        if whole_name(record.name) != record.name
+    }
+    if len({cut.shared for cut in manifest.rows.values()}) > 1 or len(rests) > 1:
+        raise root.bad("rows", "cuts tensors of one vocabulary in more than one place")
 
 
 def sampled_counts(tensors: Iterable[TensorRecord]) -> dict[str, int]:

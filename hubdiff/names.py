@@ -8,17 +8,29 @@ that serves every such tensor, or none. Nothing is matched by shape or by guess.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from hubdiff.anatomy import place
 
 _MAX_DEPTH = 3  # components a prefix may have; "model.language_model." has two
 _SAMPLE = 64  # unmatched names that are looked at to find a rename
-_VOCABULARY_WORDS = (
-    *("embed", "wte", "lm_head", "word_embeddings", "output.weight", "decoder", "shared.weight"),
-    "predictions.bias",
+_VOCABULARY_WORDS = ("embed", "wte", "lm_head", "word_embeddings", "output.weight", "decoder")
+# Input embeddings, whose rows stand for tokens.
+EMBEDDINGS = (
+    *("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight"),
+    *("shared.weight", "tok_embeddings.weight", "token_embedding.weight", "emb.weight"),
 )
+# Output heads that many models tie to their input embedding.
+HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
+# The other tensors with a row for every token.
+_FOR_TOKENS = (
+    *("lm_head.bias", "lm_head.decoder.weight", "lm_head.decoder.bias", "embed_out.bias"),
+    *("cls.predictions.bias", "cls.predictions.decoder.bias"),
+    *("vocab_projector.weight", "vocab_projector.bias", "output_layer.weight"),
+)
+# What may have as many rows as there are tokens by chance.
+_NOT_FOR_TOKENS = ("position", "pos_emb", "wpe", "token_type", "type_embeddings", "norm", "ln_")
 
 
 @dataclass(frozen=True)
@@ -109,10 +121,40 @@ def differs_in_rows_only(name: str, a: tuple[int, ...], b: tuple[int, ...]) -> b
         and len(a) in (1, 2)
         and a[0] != b[0]
         and a[1:] == b[1:]
-        and has_vocabulary_word(name)
+        and any(word in name for word in _VOCABULARY_WORDS)
     )
 
 
-def has_vocabulary_word(name: str) -> bool:
-    """Whether a tensor may be an embedding or an output head, going by its name: no layer has."""
-    return place(name)[1] is None and any(word in name for word in _VOCABULARY_WORDS)
+@dataclass(frozen=True)
+class Tables:
+    """The tensors of a model that have a row for every token, and how many rows that is. Of
+    ``unknown`` ones it can't be told whether they do: their shape is right, their name says
+    nothing."""
+
+    rows: int
+    known: frozenset[str]
+    unknown: tuple[str, ...]
+
+
+def tables_of(shapes: Mapping[str, tuple[int, ...]]) -> Tables | None:
+    """The tables of a model whose tensors have these shapes; None where no input embedding says how
+    many rows they have."""
+    outside = {name: shape for name, shape in shapes.items() if place(name)[1] is None and shape}
+    found = {shape[0] for name, shape in outside.items() if _is_one(name, EMBEDDINGS)}
+    if len(found) != 1:
+        return None
+    (rows,) = found
+    tall = [name for name, shape in outside.items() if shape[0] == rows and len(shape) <= 2]
+    known = frozenset(filter(is_for_tokens, tall))
+    others = (name for name in tall if not any(word in name for word in _NOT_FOR_TOKENS))
+    return Tables(rows, known, tuple(name for name in others if name not in known))
+
+
+def is_for_tokens(name: str) -> bool:
+    """Whether a tensor of that name has a row for every token."""
+    roles = (*EMBEDDINGS, *HEADS, *_FOR_TOKENS)
+    return name in ("output.weight", "head.weight") or _is_one(name, roles)
+
+
+def _is_one(name: str, roles: tuple[str, ...]) -> bool:
+    return any(name == role or name.endswith(f".{role}") for role in roles)

@@ -3,7 +3,7 @@ their difference can be expressed at all. Reads headers and configs, never a wei
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -16,9 +16,6 @@ from hubdiff.safetensors_io import DTYPE_BITS
 
 FLOATS = frozenset({"BF16", "F16", "F32"})
 _FP8 = ("F8_", "F4", "F6_")
-# Output heads that many models tie to their input embedding.
-HEADS = ("lm_head.weight", "embed_out.weight", "cls.predictions.decoder.weight")
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,7 @@ def pair_models(
     for name, placed in tuned.tensors.items():
         base_name = match.pairs.get(name)
         pair = TensorPair(
-            base_name or name,
+            base_name or _rest_name(name, match.pairs),
             name,
             placed,
             base.tensors[base_name] if base_name else None,
@@ -105,6 +102,12 @@ def pair_models(
     removed = tuple(name for name in base.tensors if name not in matched)
     reason = _not_portable(tuned, base)
     return Pair(tuned, base, master, tensors, removed, match.rename, filters, reason)
+
+
+def _rest_name(name: str, pairs: Mapping[str, str]) -> str:
+    """The name of a tensor without a partner. Rows of one that has a partner are called by it."""
+    whole = whole_name(name)
+    return pairs.get(whole, whole) + name[len(whole) :]
 
 
 def check_shapes(name: str, one: Placed, other: Placed | None, one_is: str, other_is: str) -> None:

@@ -27,7 +27,7 @@ from hubdiff.files import open_tree
 from hubdiff.floats import to_dtype
 from hubdiff.hashing import tensor_hash
 from hubdiff.layers import LayerWriter, header_room
-from hubdiff.manifest import FileRecord, Part, TensorRecord
+from hubdiff.manifest import GROUPS, FileRecord, Part, TensorRecord
 from hubdiff.payloads import DAMAGED, Arrays, PayloadHashes, SpanBytes, decode_segments
 from hubdiff.plan import PORTABLE_GROUPS, Step, Term, WeightsFile, WholeFile
 from hubdiff.progress import Progress
@@ -72,14 +72,13 @@ def laid_out(
         yield list(files)
         return
     with tempfile.TemporaryDirectory(prefix="hubdiff-rows-") as folder, ExitStack() as stack:
-        made: dict[tuple[Delta, _Wanted], tuple[Delta, TensorRecord]] = {}
+        made: dict[tuple[Delta, _Wanted], Delta] = {}
         for number, (delta, tensors) in enumerate(wanted.items()):
             place = Path(folder, str(number))
             place.mkdir()
-            laid = _lay(delta, list(tensors), place, progress)
-            stack.callback(laid.close)
-            for one, record in zip(tensors, laid.manifest.tensors, strict=True):
-                made[delta, one] = laid, record
+            for one, laid in _lay(delta, list(tensors), place, progress).items():
+                stack.callback(laid.close)
+                made[delta, one] = laid
         yield [_with_laid(file, made) for file in files]
 
 
@@ -92,7 +91,7 @@ def _laid_terms(file: WeightsFile | WholeFile) -> Iterator[tuple[Step, Term]]:
 
 
 def _with_laid(
-    file: WeightsFile | WholeFile, made: dict[tuple[Delta, _Wanted], tuple[Delta, TensorRecord]]
+    file: WeightsFile | WholeFile, made: dict[tuple[Delta, _Wanted], Delta]
 ) -> WeightsFile | WholeFile:
     if not isinstance(file, WeightsFile) or not any(_laid_terms(file)):
         return file
@@ -101,15 +100,19 @@ def _with_laid(
         terms = []
         for term in step.terms:
             if term.laid and term.parts:
-                delta, record = made[term.delta, _Wanted.of(step, term)]
-                term = replace(term, delta=delta, record=record, laid=())
+                delta = made[term.delta, _Wanted.of(step, term)]
+                (record,) = delta.manifest.tensors
+                term = replace(term, delta=delta, record=record, laid=(), rows=term.laid_rows)
             terms.append(term)
         steps[name] = replace(step, terms=tuple(terms))
     return replace(file, steps=steps)
 
 
-def _lay(delta: Delta, wanted: list[_Wanted], folder: Path, progress: Progress) -> Delta:
-    """A delta of the tensors that are wanted, in their order, in ``folder``."""
+def _lay(
+    delta: Delta, wanted: list[_Wanted], folder: Path, progress: Progress
+) -> dict[_Wanted, Delta]:
+    """A delta for each tensor that is wanted, which has no other, with its files in ``folder``. So
+    the tensor keeps its name, by which DARE draws."""
     tables = [_Table(one, folder, number) for number, one in enumerate(wanted)]
     by_record: dict[str, list[_Table]] = {}
     for table in tables:
@@ -119,14 +122,14 @@ def _lay(delta: Delta, wanted: list[_Wanted], folder: Path, progress: Progress) 
             stack.callback(table.close)
         for same in by_record.values():
             _scatter(delta, same, progress)
-        records = tuple(table.finish() for table in tables)
-    layers = {
-        "delta": tuple(table.dense for table in tables),
-        "tail": tuple(table.tail for table in tables if table.tail),
-        "exact": (),
+        records = [table.finish() for table in tables]
+    tree = open_tree(ModelRef.parse(folder))
+    return {
+        table.wanted: Delta(
+            tree, replace(delta.manifest, tensors=(record,), layers=table.layers, rows={})
+        )
+        for table, record in zip(tables, records, strict=True)
     }
-    manifest = replace(delta.manifest, tensors=records, layers=layers)
-    return Delta(open_tree(ModelRef.parse(folder)), manifest)
 
 
 def _scatter(delta: Delta, tables: list[_Table], progress: Progress) -> None:
@@ -184,7 +187,7 @@ class _Table:
 
     def __init__(self, wanted: _Wanted, folder: Path, number: int) -> None:
         self.wanted = wanted
-        self._name = f"{wanted.record.name} #{number}"
+        self._name = wanted.record.name
         self._folder, self._number = folder, number
         self._width = math.prod(wanted.shape[1:])
         self._unit = unit_bytes(wanted.dtype)
@@ -194,8 +197,11 @@ class _Table:
         header = build_header([(self._name, wanted.dtype, wanted.shape, nbytes)], {})
         self._start = len(header)
         path = folder / f"delta-{number}.safetensors"
-        self.dense = FileRecord(path.name, len(header) + nbytes, _PENDING)
-        self.tail: FileRecord | None = None
+        dense = FileRecord(path.name, len(header) + nbytes, _PENDING)
+        self.layers: dict[str, tuple[FileRecord, ...]] = {
+            **dict.fromkeys(GROUPS, ()),
+            "delta": (dense,),
+        }
         self._file, self._lo = _open(path), -1
         with disk_errors(path):
             write_all(self._file, header, 0)
@@ -258,8 +264,6 @@ class _Table:
             parts.append(self._write_tail())
         return replace(
             record,
-            name=self._name,
-            tuned_name=self._name,
             shape=self.wanted.shape,
             dtype=dtype if self._is_raw else record.dtype,
             parts=tuple(parts),
@@ -285,7 +289,7 @@ class _Table:
             (file,) = layer.finish()
         name = f"tail-{self._number}.safetensors"
         os.rename(self._folder / file.record.path, self._folder / name)
-        self.tail = replace(file.record, path=name)
+        self.layers["tail"] = (replace(file.record, path=name),)
         return part
 
     def close(self) -> None:

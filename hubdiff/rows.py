@@ -14,25 +14,34 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from hubdiff.checkpoint import Checkpoint, Placed
-from hubdiff.names import has_vocabulary_word, match_names
+from hubdiff.errors import CannotDiff
+from hubdiff.names import match_names, tables_of
 from hubdiff.safetensors_io import DTYPE_BITS, Header, TensorEntry
 from hubdiff.vocab import Vocabulary, same_vocabulary, vocabulary_of
 
+_COPY = 8 << 20
 _CUT = re.compile(r"\[\d*:\d*\]$")
 
 
 @dataclass(frozen=True)
 class Cut:
     """Where a tensor is cut: its first ``shared`` rows are compared. ``base`` is how many rows the
-    base's tensor has in all; None where the base has no such tensor."""
+    base's tensor has in all, None where the base has no such tensor; ``rest`` the blake3 of those
+    that are not compared."""
 
     shared: int
     base: int | None
+    rest: str | None = None
 
 
 def whole_name(name: str) -> str:
     """The name of the tensor that a run of rows is of."""
     return _CUT.sub("", name)
+
+
+def rest_name(name: str, shared: int) -> str:
+    """The name of the rows of a tensor that is cut behind ``shared``."""
+    return f"{name}[{shared}:]"
 
 
 def run_of(entry: TensorEntry, first: int, last: int) -> TensorEntry:
@@ -95,9 +104,16 @@ class CutModels:
 
 
 def cut_models(tuned: Checkpoint, base: Checkpoint, master: Checkpoint | None) -> CutModels:
-    """Nothing is cut where the tokenizers can't be read, or where a token that both have does not
-    stand for one row."""
-    tables = _Tables.of(tuned, base)
+    """Nothing is cut where the tokenizers can't be read, where it can't be told which tensors have
+    a row for every token, or where a token that both have does not stand for one row. Raises
+    ``CannotDiff`` for a tensor that is called like rows of another."""
+    for name in (*tuned.tensors, *base.tensors):
+        if whole_name(name) != name:
+            raise CannotDiff(
+                f"the tensor {name!r} is called like some rows of another",
+                next_step="Rename it, or leave it out of the model.",
+            )
+    tables = _Pairs.of(tuned, base)
     shared = tables.shared(tuned, base) if tables is not None else None
     if tables is None or shared is None:
         return CutModels(tuned, base, master, {})
@@ -118,42 +134,47 @@ def cut_models(tuned: Checkpoint, base: Checkpoint, master: Checkpoint | None) -
     )
 
 
+def rest_hash(checkpoint: Checkpoint, name: str, shared: int) -> str | None:
+    """The blake3 of a tensor's rows from ``shared`` on, as it lies in the file, whether the
+    checkpoint is cut there or not. None where there are none."""
+    from blake3 import blake3  # not for who reads a manifest only
+
+    file = checkpoint.tensors[name].file
+    entries = {entry.name: entry for entry in checkpoint.shards[file].tensors}
+    rest = entries.get(rest_name(name, shared))
+    if rest is None and shared < entries[name].shape[0]:
+        rest = run_of(entries[name], shared, entries[name].shape[0])
+    if rest is None:
+        return None
+    digest = blake3()
+    for begin in range(rest.begin, rest.end, _COPY):
+        buffer = bytearray(min(_COPY, rest.end - begin))
+        checkpoint.read_into(file, begin, memoryview(buffer))
+        digest.update(buffer)
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
-class _Tables:
-    """The vocabulary tensors of a tuned model with those of its base that they belong to."""
+class _Pairs:
+    """The tables of a tuned model with those of its base that they belong to."""
 
     names: Mapping[str, str | None]
     tuned_rows: int
     base_rows: int
 
     @classmethod
-    def of(cls, tuned: Checkpoint, base: Checkpoint) -> _Tables | None:
-        pairs = match_names(tuned.tensors, base.tensors).pairs
-        found = {
-            (name, other): (tuned.tensors[name].entry, base.tensors[other].entry)
-            for name, other in pairs.items()
-            if has_vocabulary_word(name)
-        }
-        counts = {
-            (one.shape[0], two.shape[0])
-            for one, two in found.values()
-            if one.shape and two.shape and one.shape[1:] == two.shape[1:]
-        }
-        unlike = {count for count in counts if count[0] != count[1]}
-        chosen = unlike or {max(counts, default=(0, 0))}
-        if len(chosen) != 1:
+    def of(cls, tuned: Checkpoint, base: Checkpoint) -> _Pairs | None:
+        """None where they don't correspond, or may not be all."""
+        ours, theirs = tables_of(shapes_of(tuned)), tables_of(shapes_of(base))
+        if ours is None or theirs is None or ours.unknown or theirs.unknown:
             return None
-        ((ours, theirs),) = chosen
-        names: dict[str, str | None] = {}
-        for name, placed in tuned.tensors.items():
-            entry, other = placed.entry, pairs.get(name)
-            if not has_vocabulary_word(name) or entry.shape[:1] != (ours,):
-                continue
-            if DTYPE_BITS[entry.dtype] < 8:
+        pairs = match_names(tuned.tensors, base.tensors).pairs
+        names = {name: pairs.get(name) for name in tuned.tensors if name in ours.known}
+        for name, other in names.items():
+            entry = tuned.tensors[name].entry
+            if DTYPE_BITS[entry.dtype] < 8 or (other is not None and other not in theirs.known):
                 return None
-            if other is None or base.tensors[other].entry.shape == (theirs, *entry.shape[1:]):
-                names[name] = other
-        return cls(names, ours, theirs) if any(names.values()) else None
+        return cls(names, ours.rows, theirs.rows) if any(names.values()) else None
 
     def shared(self, tuned: Checkpoint, base: Checkpoint) -> int | None:
         """How many rows are compared; None where all are, or it can't be told."""
@@ -169,7 +190,11 @@ class _Tables:
             shared = theirs.size
         if shared == self.tuned_rows == self.base_rows:
             return None
-        return None if _moved(ours, theirs) else shared
+        return None if moved(ours, theirs) else shared
+
+
+def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: placed.entry.shape for name, placed in checkpoint.tensors.items()}
 
 
 def _new_tokens_within(ours: Vocabulary, theirs: Vocabulary, rows: int) -> bool:
@@ -180,8 +205,10 @@ def _new_tokens_within(ours: Vocabulary, theirs: Vocabulary, rows: int) -> bool:
     )
 
 
-def _moved(ours: Vocabulary, theirs: Vocabulary) -> bool:
-    return any(theirs.rows.get(token, row) != row for token, row in ours.rows.items())
+def moved(ours: Vocabulary, theirs: Vocabulary) -> str | None:
+    """A token that stands for another row in each of the two."""
+    other = (token for token, row in ours.rows.items() if theirs.rows.get(token, row) != row)
+    return next(other, None)
 
 
 # --- where rows go ---

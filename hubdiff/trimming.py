@@ -62,6 +62,8 @@ def _measure(term: Term, entry: TensorEntry, density: float) -> Trim:
     part = term.ranked
     assert part is not None
     count = entry.nbytes // unit_bytes(entry.dtype)
+    if term.rows is not None:  # the others are filled up, and are none of Δ
+        count = count // entry.shape[0] * term.rows
     wanted = max(1, int(density * count))
     threshold = 0
     segments: list[_Counts] = []

@@ -15,7 +15,7 @@ from hubdiff.fields import bad_manifest
 from hubdiff.files import FileTree
 
 SPECIAL_FILES = ("special_tokens_map.json", "tokenizer_config.json")
-_SPECIAL = (
+SPECIAL = (
     "bos_token",
     "eos_token",
     "unk_token",
@@ -141,7 +141,7 @@ def special_tokens(files: Files) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in SPECIAL_FILES:
         document = _object(files(path))
-        for role in _SPECIAL:
+        for role in SPECIAL:
             value = document.get(role)
             text = value.get("content") if isinstance(value, dict) else value
             if isinstance(text, str):

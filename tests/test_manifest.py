@@ -99,7 +99,7 @@ def test_no_path_of_this_machine_is_in_it(text: bytes, tmp_path_factory: Any) ->
 
 # Written for other readers; this one goes by other fields.
 DERIVED = {("portable",)}
-OPTIONAL = {("sample",)}
+OPTIONAL = {("sample",), ("same_tokens",)}
 
 
 def fields(document: Any, trail: Trail = ()) -> Iterator[Trail]:

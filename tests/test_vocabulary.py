@@ -297,7 +297,7 @@ def test_the_result_says_what_was_matched_added_and_left(moved: World) -> None:
     for text in (
         "## Vocabulary",
         "| matched: Δ is on their row | 63 | 57 of them in another row |",
-        "| added: the row is the tuned model's own | 1 | `<new>` |",
+        "| added: new in the tuned model | 1 | `<new>` |",
         "does not know them | 1 | `<its own>` |",
         f"Tokenizer: {said['tokenizer']}.",
     ):
@@ -390,7 +390,7 @@ def joined() -> Alignment:
     """A target of three tokens, whose second one the tune calls otherwise, and a token of its own
     in the fourth row."""
     return Alignment(
-        *("align", 4, 3, 3, (), (), 3, 0, {"<new>": 3}, {"<r>": "<chat>"}, (), (), "joined"),
+        *("align", 4, 3, 3, (), (), 3, 0, {"<new>": 3}, {}, {"<r>": "<chat>"}, (), (), "joined"),
         {"a": 0, "<chat>": 1, "b": 2, "<new>": 3},
     )
 
@@ -413,15 +413,22 @@ def test_older_tokenizer_configs_list_the_tokens_with_their_rows() -> None:
 def test_ids_in_configs_mean_the_tokens_they_meant() -> None:
     tuned = Vocabulary({"<new>": 0, "b": 1, "gone": 2})
     config = {
-        "eos_token_id": [0, 1, 2, 99],
+        "eos_token_id": [0, 1, 2],
+        "bos_token_id": -1,
+        "suppress_tokens": [0, 1],
         "text_config": {"pad_token_id": 1, "hidden_size": 1},
         "vocab_size": 1,
     }
-    assert token_files.with_ids(config, tuned, joined()) == {
-        "eos_token_id": [3, 2, 2, 99],
-        "text_config": {"pad_token_id": 2, "hidden_size": 1},
-        "vocab_size": 1,
-    }
+    lost = ["eos_token_id"]  # one of its tokens is not there: the target's is kept
+    assert token_files.with_ids(config, tuned, joined()) == (
+        {
+            "bos_token_id": -1,
+            "suppress_tokens": [3, 2],
+            "text_config": {"pad_token_id": 2, "hidden_size": 1},
+            "vocab_size": 1,
+        },
+        lost,
+    )
 
 
 def test_a_word_of_the_vocabulary_can_be_renamed_where_it_is_a_whole_word() -> None:
@@ -433,6 +440,205 @@ def test_a_word_of_the_vocabulary_can_be_renamed_where_it_is_a_whole_word() -> N
     words["model"]["type"] = "BPE"
     with pytest.raises(VocabularyMismatch, match="'<r>' other names, which x can't be given"):
         token_files.joined_tokenizer(words, {"<new>": {}}, joined(), "x")
+
+
+# --- which tensors, which tokens ---
+
+
+PLAIN = v.tokenizer(WORDS, SPECIALS)
+
+
+def family(
+    folder: Path, tensors: v.Tensors, tuned: v.Tensors, target: v.Tensors, *texts: str
+) -> World:
+    """Three models of any tensors, with the tokenizers of base, tuned model and target."""
+    made = []
+    for name, model, text in zip(
+        ("base", "tuned", "target"), (tensors, tuned, target), texts, strict=True
+    ):
+        models.save(folder / name, model, files={"tokenizer.json": text}, num_hidden_layers=0)
+        made.append(folder / name)
+    hubdiff.push_delta(made[1], folder / "delta", base=made[0])
+    return World(*made, folder / "delta")
+
+
+def test_only_tables_of_tokens_are_cut_and_moved(tmp_path: Path) -> None:
+    """As T5 and BERT: layers of the decoder that have more rows than the vocabulary, and positions
+    that have as many."""
+    old = {
+        "shared.weight": v.table(70, 8, 1),
+        "decoder.block.0.layer.2.DenseReluDense.wi.weight": v.table(90, 8, 2),
+        "encoder.embed_positions.weight": v.table(70, 8, 3),
+        "lm_head.weight": v.table(70, 8, 4),
+    }
+    tuned = models.moved(old)
+    target = models.moved(old, step=1e-3, seed=9)
+    more = v.tokenizer(WORDS, [*SPECIALS, "<new>"])
+    here = family(tmp_path, old, tuned, target, PLAIN, more, v.tokenizer(shuffled(WORDS), SPECIALS))
+    manifest = json.loads((here.delta / "hubdiff.json").read_text())
+    assert set(manifest["rows"]) == {"shared.weight", "lm_head.weight"}
+    result, output, _ = put(here)
+    for name in ("decoder.block.0.layer.2.DenseReluDense.wi.weight", *old):
+        if name in ("shared.weight", "lm_head.weight"):
+            row, found = v.tokens_of(output)["w7"], v.tokens_of(here.tuned)["w7"]
+            wanted = v.exact(target[name][row], tuned[name][found], old[name][found])
+            assert torch.equal(result[name][row], wanted)
+        else:
+            assert torch.equal(result[name], v.exact(target[name], tuned[name], old[name]))
+
+
+def test_a_tensor_of_unknown_use_is_a_doubt(tmp_path: Path) -> None:
+    """It has as many rows as there are tokens: nobody may guess whether they are moved."""
+    old = {v.EMBED: v.table(63, 8, 1), "readout.weight": v.table(63, 8, 2)}
+    target = models.moved(old, step=1e-3, seed=9)
+    other = v.tokenizer(shuffled(WORDS), SPECIALS)
+    here = family(tmp_path, old, models.moved(old), target, PLAIN, PLAIN, other)
+    _, _, plan = put(here)
+    assert plan["vocabulary"] == [None]
+    assert any("readout.weight has a row for every token" in note for note in plan["notes"])
+    with pytest.raises(VocabularyMismatch, match=r"whether readout\.weight has a row"):
+        put(here, vocab="align")
+
+
+def test_the_tuned_model_may_call_its_tensors_otherwise(tmp_path: Path) -> None:
+    old = {**v.tensors(63), **{f"model.layers.{i}.x.weight": v.table(8, 8, i) for i in range(4)}}
+    tuned = v.resized(models.moved(old), 64)
+    renamed = {f"language_model.{name}": tensor for name, tensor in tuned.items()}
+    target = models.moved(old, step=1e-3, seed=9)
+    more = v.tokenizer(WORDS, [*SPECIALS, "<new>"])
+    here = family(tmp_path, old, renamed, target, PLAIN, more, PLAIN)
+    assert verify(here.delta, base=here.base, tuned=here.tuned).rebuilt
+    result, _, _ = put(here)
+    assert set(result) == set(old)
+    assert torch.equal(result[v.EMBED][63], tuned[v.EMBED][63])
+
+
+def test_a_base_with_other_rows_behind_is_not_the_own_base(tmp_path: Path) -> None:
+    """A rebuild would drop them without a word."""
+    here = world(tmp_path, (90, PLAIN), (63, PLAIN), (90, PLAIN))
+    own = v.read(here.base)
+    other = {name: tensor.clone() for name, tensor in own.items()}
+    other[v.EMBED][80] += 1
+    v.save(here.target, other, PLAIN)
+    _, _, plan = put(here)
+    assert plan["case"] == "transfer"
+    v.save(here.target, own, PLAIN)
+    assert put(here)[2]["case"] == "own base"
+
+
+def test_tokens_follow_the_rows_where_the_delta_touches_none(tmp_path: Path) -> None:
+    """As an adapter of other modules does, with a tokenizer saved beside it."""
+    old = v.tensors(63)
+    tuned = {**old, v.NORM: old[v.NORM] * 1.5}
+    target = models.moved(old, step=1e-3, seed=9)
+    saved_anew = PLAIN.replace('"version"', ' "version"')
+    here = family(
+        tmp_path, old, tuned, target, PLAIN, saved_anew, v.tokenizer(shuffled(WORDS), SPECIALS)
+    )
+    result, output, plan = put(here)
+    assert v.tokens_of(output) == v.tokens_of(here.target)
+    assert torch.equal(result[v.EMBED], target[v.EMBED])
+    assert plan["vocabulary"][0]["tokenizer"] == "the target's"
+
+
+def test_a_tune_that_moved_tokens_is_a_doubt(tmp_path: Path) -> None:
+    """Its Δ of a row is no difference of one token."""
+    other = v.tokenizer(shuffled(WORDS), SPECIALS)
+    here = world(tmp_path, (63, PLAIN), (63, other), (63, PLAIN))
+    _, _, plan = put(here)
+    assert any("another row than it has in the base" in note for note in plan["notes"])
+    with pytest.raises(VocabularyMismatch, match="another row than it has in the base"):
+        put(here, vocab="align")
+
+
+def test_a_base_whose_tokens_are_not_known_is_a_doubt(tmp_path: Path) -> None:
+    more = v.tokenizer(WORDS, [*SPECIALS, "<new>"])
+    here = world(tmp_path, (70, None), (70, more), (70, PLAIN))
+    with pytest.raises(VocabularyMismatch, match="tokenizer of its base base can't be read"):
+        put(here, vocab="align")
+
+
+def test_a_token_that_the_tune_dropped_stays_the_targets(tmp_path: Path) -> None:
+    fewer = PLAIN.replace('"w17":17,', "")
+    here = world(tmp_path, (63, PLAIN), (63, fewer), (63, v.tokenizer(shuffled(WORDS), SPECIALS)))
+    result, output, plan = put(here)
+    row = v.tokens_of(output)["w17"]
+    assert plan["vocabulary"][0]["left"]["tokens"] == ["w17"]
+    assert torch.equal(result[v.EMBED][row], v.read(here.target)[v.EMBED][row])
+
+
+def test_a_new_token_that_the_target_has_gets_the_tuned_models_row(tmp_path: Path) -> None:
+    """But at scale 0, where all the target has stays."""
+    more = v.tokenizer(WORDS, [*SPECIALS, "<new>"])
+    there = v.tokenizer(shuffled(WORDS), [*SPECIALS, "<new>"])
+    here = world(tmp_path, (63, PLAIN), (64, more), (64, there))
+    result, output, plan = put(here)
+    check_rows(here, result, output)
+    assert plan["vocabulary"][0]["replaced"]["tokens"] == {"<new>": 63}
+    assert "replaces the target's | 1 | `<new>`" in (output / "README.md").read_text()
+    nothing, _, _ = put(here, scale=0.0)
+    target = v.read(here.target)
+    assert all(torch.equal(nothing[name], target[name]) for name in target)
+
+
+def test_ids_that_the_tokenizer_would_not_give_are_refused(tmp_path: Path) -> None:
+    """The tokenizers library numbers new tokens on from the length of the vocabulary, whatever its
+    largest id is."""
+    words = {word: row for row, word in enumerate(shuffled(WORDS))}
+    holes = v.Tokenizer(v.WordLevel({**words, "far": 66}, unk_token="w0"))
+    holes.add_special_tokens(SPECIALS)
+    more = v.tokenizer(WORDS, [*SPECIALS, "<new>"])
+    here = world(tmp_path, (63, PLAIN), (64, more), (72, str(holes.to_str())))
+    with pytest.raises(VocabularyMismatch, match="out some ids: its next token would get 64"):
+        put(here)
+
+
+def test_a_stopped_run_is_not_taken_for_one_of_another_mode(
+    moved: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files that it finished have other rows."""
+    wanted, _, _ = put(moved)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        patched.setattr("hubdiff.jobs.apply._Apply._describe", stop)
+        with pytest.raises(KeyboardInterrupt):
+            hubdiff.apply(moved.delta, moved.target, output=output, vocab="rows", force=True)
+    hubdiff.apply(moved.delta, moved.target, output=output, force=True)
+    again = v.read(output)
+    assert all(torch.equal(again[name], wanted[name]) for name in wanted)
+
+
+def test_dare_draws_the_same_whatever_else_is_merged(moved: World) -> None:
+    options = {"method": "dare", "density": 0.5, "vocab": "align"}
+    whole, _, _ = put(moved, **options)
+    parts = {}
+    for name in (v.EMBED, v.HEAD):
+        other = v.HEAD if name == v.EMBED else v.EMBED
+        kept = {**v.read(moved.target)}
+        v.save(moved.target, v.resized(kept, 70), (moved.target / "tokenizer.json").read_text())
+        parts[name], _, _ = put(moved, include=[name], **options)
+        assert torch.equal(parts[name][other], v.read(moved.target)[other])
+        assert torch.equal(parts[name][name][:64], whole[name][:64])
+
+
+def test_ties_keeps_its_share_of_the_rows_that_have_a_difference(tmp_path: Path) -> None:
+    """A target twice as tall fills up with nothing, which is no part of Δ."""
+    tall = v.tokenizer(WORDS, SPECIALS)
+    here = world(tmp_path, (63, PLAIN), (63, PLAIN), (120, tall))
+    result, _, plan = put(here, method="ties", density=0.2)
+    target = v.read(here.target)
+    assert plan["scratch"] == 0
+    changed = int((result[v.EMBED] != target[v.EMBED]).sum())
+    assert 0 < changed <= int(0.2 * 63 * 8)
+    moved_tall = v.tokenizer(shuffled(WORDS), SPECIALS)
+    v.save(here.target, target, moved_tall)
+    again, _, plan = put(here, method="ties", density=0.2)
+    assert plan["scratch"] > 0
+    assert int((again[v.EMBED] != target[v.EMBED]).sum()) <= int(0.2 * 63 * 8)
 
 
 # --- the modes ---
@@ -561,7 +767,7 @@ def test_several_deltas_are_aligned_each(moved: World, tmp_path: Path) -> None:
             wanted = wanted + delta
         assert torch.equal(result[row], wanted.to(torch.bfloat16))
     assert torch.equal(result[found["<new>"]], tuned[63])
-    with pytest.raises(CannotApply, match="both bring tokens of their own"):
+    with pytest.raises(CannotApply, match="both change the target's tokens"):
         hubdiff.apply([moved.delta, moved.delta], moved.target, output=output, force=True)
 
 

@@ -32,6 +32,7 @@ from hubdiff.pair import Filters
 from hubdiff.plan import (
     CARD,
     OWN_BASE,
+    Alignment,
     MergePlan,
     WeightsFile,
     WholeFile,
@@ -369,8 +370,19 @@ def _fingerprint(plan: MergePlan, filters: Filters) -> str:
         [(file.path, file.sha256, hash_bytes(file.header.raw)) for file in plan.weights],
         [(f.path, f.sha256, f.source, f.data and hash_bytes(f.data)) for f in plan.files],
         asdict(filters),
+        [_rows_of(alignment) for alignment in plan.alignments],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _rows_of(alignment: Alignment | None) -> list[Any]:
+    """Which rows go where."""
+    if alignment is None:
+        return []
+    return [
+        alignment.mode,
+        *(list(asdict(r).values()) for r in (*alignment.changed, *alignment.taken)),
+    ]
 
 
 def _run_name(plan: MergePlan, filters: Filters) -> str:
@@ -390,5 +402,6 @@ def _run_name(plan: MergePlan, filters: Filters) -> str:
         plan.case,
         plan.scale.pairs,
         asdict(filters),
+        [_rows_of(alignment) for alignment in plan.alignments],
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

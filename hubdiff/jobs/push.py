@@ -34,13 +34,14 @@ from hubdiff.manifest import (
     TensorRecord,
     TunedFile,
 )
-from hubdiff.pair import HEADS, Filters, Pair, pair_models
+from hubdiff.names import HEADS
+from hubdiff.pair import Filters, Pair, pair_models
 from hubdiff.picture import layer_picture, prepare
 from hubdiff.progress import Progress, Silent
 from hubdiff.provenance import code_provenance
 from hubdiff.ranks import ALONE, Ranks
 from hubdiff.refs import ModelRef
-from hubdiff.rows import Cut, cut_models, whole_name
+from hubdiff.rows import Cut, cut_models, rest_hash, whole_name
 from hubdiff.sample import FILE as SAMPLE
 from hubdiff.sample import Sample, choose, encode
 from hubdiff.sidecars import NotCarried as StaysBehind
@@ -190,7 +191,7 @@ def push_delta(
             cut = cut_models(one, other, master)
             cuts = cut.cuts
         pair = adapter.pair if adapter else pair_models(cut.tuned, cut.base, cut.master, filters)
-        plan = _plan(pair, destination, dry_run, again=truncation is not None)
+        plan = _plan(pair, cuts, destination, dry_run, again=truncation is not None)
         if dry_run:
             return plan
         ranks.agree("what to compare", lambda: _fingerprint(pair, plain))
@@ -270,9 +271,17 @@ def _truncation(rank: int | None, energy: float | None, plain: bool) -> Truncati
     return Truncation(rank, energy)
 
 
-def _plan(pair: Pair, destination: ModelRef, dry_run: bool, *, again: bool) -> Pushed:
-    """``again``: the matrices are read a second time, to be factorised."""
+def _plan(
+    pair: Pair, cuts: dict[str, Cut], destination: ModelRef, dry_run: bool, *, again: bool
+) -> Pushed:
+    """``again``: the matrices are read a second time, to be factorised. Of tensors that are cut the
+    base's rows behind are read too, for their hash."""
     pairs = pair.tensors.values()
+    behind = 0
+    for name, cut in cuts.items():
+        if cut.base is not None and cut.shared and pair.filters.takes(name):
+            row = pair.base.tensors[name].entry.nbytes // cut.shared
+            behind += (cut.base - cut.shared) * row
     twice = [p for p in pairs if again and p.is_float and len(p.tuned.entry.shape) >= 2]
     return Pushed(
         where=str(destination),
@@ -281,7 +290,7 @@ def _plan(pair: Pair, destination: ModelRef, dry_run: bool, *, again: bool) -> P
         dry_run=dry_run,
         tuned_bytes=sum(header.file_size for header in pair.tuned.shards.values())
         + sum(p.tuned.entry.nbytes for p in twice),
-        base_bytes=sum(p.base.entry.nbytes for p in (*pairs, *twice) if p.base),
+        base_bytes=sum(p.base.entry.nbytes for p in (*pairs, *twice) if p.base) + behind,
     )
 
 
@@ -347,6 +356,7 @@ class _Push:
         self._destination, self._progress = destination, progress
         self._ranks = ranks
         self._sample = _choose_sample(pair, adapter)
+        self._same_tokens = False
         self.files: list[FileRecord] = []
 
     def run(self, plain: bool, truncation: Truncation | None, force: bool) -> Manifest | None:
@@ -420,7 +430,8 @@ class _Push:
         if ours is None:
             return
         self._put(VOCABULARY, pack(ours))
-        if theirs is not None and theirs != ours:
+        self._same_tokens = theirs == ours
+        if theirs is not None and not self._same_tokens:
             self._put(BASE_VOCABULARY, pack(theirs))
 
     def _tuned_side_files(self) -> tuple[list[TunedFile], list[NotCarried]]:
@@ -484,7 +495,8 @@ class _Push:
                 or record.path in (DELTA_INDEX, SAMPLE, VOCABULARY, BASE_VOCABULARY)
             ),
             rename=pair.rename,
-            rows={name: cut for name, cut in self._cuts.items() if pair.filters.takes(name)},
+            same_tokens=self._same_tokens,
+            rows=self._rows(),
             aliases=_aliases(extracted.tensors),
             adapter=self._adapter.tensors if self._adapter else None,
             sample=self._sample,
@@ -493,6 +505,15 @@ class _Push:
             master=_side(pair.master) if pair.master else None,
             provenance=asdict(provenance) if provenance else None,
         )
+
+    def _rows(self) -> dict[str, Cut]:
+        """Where the vocabulary is cut, with what tells the base's rows behind from any others."""
+        base = self._pair.base
+        return {
+            name: cut if cut.base is None else replace(cut, rest=rest_hash(base, name, cut.shared))
+            for name, cut in self._cuts.items()
+            if self._pair.filters.takes(name)
+        }
 
     def _card(self, document: dict[str, Any]) -> bytes:
         card = delta_card(

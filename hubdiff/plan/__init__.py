@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from hubdiff.checkpoint import Checkpoint
 from hubdiff.errors import CannotApply, NotPortable
 from hubdiff.pair import Filters
-from hubdiff.plan.alignment import MODES
+from hubdiff.plan.alignment import MODES, Alignment
 from hubdiff.plan.own_base import own_base_plan
 from hubdiff.plan.recognise import Verdict, recognise
 from hubdiff.plan.transfer import transfer_plan
@@ -42,6 +42,7 @@ __all__ = [
     "OWN_BASE",
     "PORTABLE_GROUPS",
     "TRANSFER",
+    "Alignment",
     "MergePlan",
     "Method",
     "Step",

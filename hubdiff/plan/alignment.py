@@ -13,12 +13,11 @@ from typing import Any
 
 from hubdiff.checkpoint import Checkpoint
 from hubdiff.delta import Delta
-from hubdiff.errors import VocabularyMismatch
+from hubdiff.errors import BadManifest, VocabularyMismatch
 from hubdiff.hashing import check_hash, hash_bytes
 from hubdiff.manifest import TensorRecord
-from hubdiff.names import has_vocabulary_word
-from hubdiff.pair import EMBEDDINGS
-from hubdiff.rows import Run, runs_of, whole_name
+from hubdiff.names import Tables, tables_of
+from hubdiff.rows import Run, moved, rest_name, shapes_of
 from hubdiff.vocab import BASE_FILE, FILE, TOKEN_FILES, Vocabulary, unpack, vocabulary_of
 
 ALIGN, STRICT, ROWS = "align", "strict", "rows"
@@ -35,11 +34,12 @@ class Alignment:
     ``changed`` says which rows of the delta's ``shared`` ones act on which, ``taken`` which of the
     tuned model's own rows, counted from its first row, are put where.
 
-    Of tokens: ``matched`` ones have their Δ on their row in the target, ``moved`` of them on a row
-    of another number; ``added`` are new in the tuned model, with their rows; ``renamed`` are the
-    target's that the tune gave another name; ``left`` are unknown to the tuned model; ``missing``
-    to the target, which has no row for their Δ. ``tokens`` is the vocabulary of the result where
-    that is neither model's."""
+    Of tokens: ``matched`` ones are the target's too and have their Δ on their row there, ``moved``
+    of them on a row of another number; ``added`` are new in the tuned model, with their rows;
+    ``replaced`` are new there and the target's already, whose rows give way to the tuned model's
+    own; ``renamed`` are the target's that the tune gave another name; ``left`` are unknown to the
+    tuned model; ``missing`` to the target, which has no row for them. ``tokens`` is the vocabulary
+    of the result."""
 
     mode: str
     rows: int
@@ -50,6 +50,7 @@ class Alignment:
     matched: int
     moved: int
     added: Mapping[str, int]
+    replaced: Mapping[str, int]
     renamed: Mapping[str, str]
     left: tuple[str, ...]
     missing: tuple[str, ...]
@@ -61,6 +62,11 @@ class Alignment:
         """Whether every row that both have is of one number in both, and none comes or goes."""
         whole = Run(0, 0, self.target_rows)
         return self.rows == self.target_rows and self.changed == (whole,) and not self.taken
+
+    @property
+    def changes_tokens(self) -> bool:
+        """Whether the target's vocabulary is not the result's, or rows of it are replaced."""
+        return bool(self.taken or self.added or self.renamed)
 
     @property
     def other_tokens(self) -> bool:
@@ -86,10 +92,11 @@ class Alignment:
         moved = f" ({self.moved:,} in other rows)" if self.moved else ""
         texts = [f"{self.matched:,} tokens matched{moved}"]
         for found, words in (
-            (self.added, "added with the tuned model's own rows"),
+            (self.added, "added"),
+            (self.replaced, "of the target's with the tuned model's own row"),
             (self.renamed.values(), "are new names of the target's"),
             (self.left, "left as in the target, the tuned model does not know them"),
-            (self.missing, "of the tuned model not in the target: their Δ has no row"),
+            (self.missing, "of the tuned model without a row in the target"),
         ):
             if found:
                 texts.append(f"{len(found):,} {words} ({some(found)})")
@@ -107,6 +114,7 @@ class Alignment:
             "matched": self.matched,
             "moved": self.moved,
             "added": _listed(self.added),
+            "replaced": _listed(self.replaced),
             "renamed": _listed(self.renamed),
             "left": _listed(self.left),
             "missing": _listed(self.missing),
@@ -136,14 +144,19 @@ def tuned_vocabulary(delta: Delta) -> Vocabulary | None:
 
 
 def base_vocabulary(delta: Delta) -> Vocabulary | None:
-    """That of the base, which is the tuned model's where the delta has no other."""
-    return _stored(delta, BASE_FILE) or tuned_vocabulary(delta)
+    """That of the base."""
+    return tuned_vocabulary(delta) if delta.manifest.same_tokens else _stored(delta, BASE_FILE)
 
 
 def _stored(delta: Delta, path: str) -> Vocabulary | None:
     record = next((f for f in delta.manifest.side_files if f.path == path), None)
-    if record is None or path not in delta.tree.files():
+    if record is None:
         return None
+    if path not in delta.tree.files():
+        raise BadManifest(
+            f"{delta.tree.pin}/{path} is missing, the manifest lists it",
+            next_step="The delta was not uploaded whole; ask its author to push it again.",
+        )
     where = f"{delta.tree.pin}/{path}"
     data = delta.tree.read_bytes(path)
     check_hash(hash_bytes(data), record.sha256, where)
@@ -154,113 +167,176 @@ def _stored(delta: Delta, path: str) -> Vocabulary | None:
 
 
 @dataclass(frozen=True)
-class Tables:
-    """The vocabulary tensors that a delta acts on: their records, those of rows that only the tuned
-    model has by the name of the tensor they are of, and the target's tensor of each."""
+class Acting:
+    """What a delta does to a target's tables: its records of them, the records of the rows that
+    only the tuned model has, both by the name of the base's tensor, and the target's of each."""
 
     records: Mapping[str, TensorRecord]
     own: Mapping[str, TensorRecord]
     partners: Mapping[str, str]
-    shared: int
-    tuned_rows: int
 
     @classmethod
     def of(
-        cls, delta: Delta, pairs: Mapping[str, str], takes: Callable[[str], bool]
-    ) -> Tables | None:
-        """None where the delta does nothing to any."""
-        manifest = delta.manifest
-        words = {
-            record.name: record
-            for record in manifest.tensors
-            if has_vocabulary_word(record.name)
-            and record.shape
-            and not record.added
-            and takes(record.name)
-        }
-        shared = _rows_of_vocabulary(words, {c.shared for c in manifest.rows.values()})
+        cls,
+        delta: Delta,
+        tables: Tables,
+        pairs: Mapping[str, str],
+        takes: Callable[[str], bool],
+    ) -> Acting:
         records = {
-            name: record
-            for name, record in words.items()
-            if record.shape[0] == shared and name in pairs and record.portable
-        }
-        own = {
-            whole_name(record.name): record
-            for record in manifest.tensors
-            if record.added
-            and whole_name(record.name) in manifest.rows
-            and record.name != whole_name(record.name)
+            record.name: record
+            for record in delta.manifest.tensors
+            if not record.added
+            and record.portable
             and takes(record.name)
+            and pairs.get(record.name) in tables.known
         }
-        own = {name: record for name, record in own.items() if name in pairs}
-        if not records and not own:
-            return None
-        more = max((record.shape[0] for record in own.values()), default=0)
-        partners = {name: pairs[name] for name in (*records, *own)}
-        return cls(records, own, partners, shared, shared + more)
+        rests = {
+            name: delta.records.get(rest_name(name, cut.shared))
+            for name, cut in delta.manifest.rows.items()
+            if takes(name) and pairs.get(name) in tables.known
+        }
+        own = {name: record for name, record in rests.items() if record is not None}
+        return cls(records, own, {name: pairs[name] for name in (*records, *own)})
+
+    def __bool__(self) -> bool:
+        return bool(self.partners)
+
+    def shared(self, delta: Delta) -> int | None:
+        """The rows that are compared; None where that is not one number."""
+        found = {record.shape[0] for record in self.records.values()}
+        found |= {delta.manifest.rows[name].shared for name in self.own}
+        return found.pop() if len(found) == 1 else None
+
+    @property
+    def own_rows(self) -> int:
+        return max((record.shape[0] for record in self.own.values()), default=0)
 
 
-def _rows_of_vocabulary(words: Mapping[str, TensorRecord], cut: set[int]) -> int:
-    if cut:
-        return max(cut)
-    embeddings = [r.shape[0] for name, r in words.items() if name.endswith(EMBEDDINGS)]
-    return max(embeddings or [record.shape[0] for record in words.values()], default=0)
+NOTHING = Acting({}, {}, {})
 
 
 @dataclass(frozen=True)
 class Tokens:
     """What is known of the tokens of a delta and a target. ``alignment`` None: rows stay where they
-    are. ``compared``: both vocabularies were read, or are known to be one; ``tuned`` and ``base``
-    are the delta's, where they were read."""
+    are. ``doubt`` says why rows were not told apart by token, where nobody asked not to, though the
+    tokens themselves were read or not; ``tuned`` and ``base`` are the delta's vocabularies, where
+    they were needed."""
 
     alignment: Alignment | None
-    compared: bool
+    doubt: str | None = None
+    read: bool = True
     tuned: Vocabulary | None = None
     base: Vocabulary | None = None
 
 
-def align(delta: Delta, target: Checkpoint, tables: Tables | None, mode: str | None) -> Tokens:
-    """Decide where the rows of ``tables`` go. ``mode`` None: ``align`` where both tokenizers can be
-    read, else ``strict``. Raises ``VocabularyMismatch``."""
-    if tables is None:
-        return Tokens(None, True)
-    rows = {target.tensors[name].entry.shape[0] for name in tables.partners.values()}
-    if len(rows) != 1:
-        if mode in (ALIGN, ROWS) or delta.manifest.rows:
-            raise VocabularyMismatch(
-                f"the vocabulary tensors of {target.tree.pin} have {sorted(rows)} rows",
-                next_step="Leave one of them out with --exclude.",
-            )
-        return Tokens(None, False)
-    (count,) = rows
+def align(
+    delta: Delta,
+    target: Checkpoint,
+    pairs: Mapping[str, str],
+    takes: Callable[[str], bool],
+    mode: str | None,
+    *,
+    replaces: bool,
+) -> tuple[Acting, Tokens]:
+    """Decide where the rows of a delta go whose tensors ``pairs`` matches with the target's.
+    ``mode`` None: ``align``, or in any doubt ``strict``. Without ``replaces`` tokens that the
+    target has keep its rows. Raises ``VocabularyMismatch``."""
+    tables = tables_of(shapes_of(target))
+    acting = Acting.of(delta, tables, pairs, takes) if tables is not None else NOTHING
+    if tables is None or (mode == ROWS and not acting):
+        if mode == ALIGN or (mode != ROWS and delta.manifest.rows):
+            raise _no_tables(target)
+        doubt = None if mode == ROWS else "no tensor is a known embedding"
+        return acting, Tokens(None, doubt, read=False)
     if mode == ROWS:
-        return Tokens(_by_number(tables, count, ROWS), True)
-    if mode is None and not delta.manifest.rows and count == tables.shared and _kept(delta, target):
-        return Tokens(None, True)
-    ours, theirs = tuned_vocabulary(delta), vocabulary_of(target.tree)
-    base = base_vocabulary(delta)
-    if ours is None or theirs is None or base is None:
-        whose = f"that {delta.tree.pin} was made with" if ours is None else f"of {target.tree.pin}"
+        return acting, Tokens(_by_number(acting, delta, tables.rows, ROWS))
+    shared = acting.shared(delta) if acting else tables.rows
+    if mode is None and not acting.own and shared == tables.rows and _kept(delta, target):
+        return acting, Tokens(None)
+    ours, base = tuned_vocabulary(delta), base_vocabulary(delta)
+    theirs = vocabulary_of(target.tree)
+    doubt = _unread(delta, target, ours, base, theirs)
+    read = doubt is None
+    if ours is not None and base is not None and theirs is not None:
+        doubt = _doubt(acting, tables, shared, ours, base)
+        if doubt is None and mode is None and not _covered(acting, tables, shared, ours, theirs):
+            doubt = "most rows have no token"
+    if doubt is not None and mode != STRICT:
         if mode == ALIGN:
             raise VocabularyMismatch(
-                f"tokens can't be aligned: the tokenizer {whose} can't be read",
-                next_step="hubdiff reads tokenizer.json, vocab.json and vocab.txt. --vocab rows "
-                "takes rows by their number.",
+                f"tokens can't be aligned: {doubt}",
+                next_step="--vocab rows takes rows by their number; or leave the vocabulary out "
+                "with --exclude '*embed*' --exclude '*lm_head*'.",
             )
-        return Tokens(_strictly(delta, tables, count, target), False)
-    if mode is None and not (ours.covers(tables.tuned_rows) and theirs.covers(count)):
-        return Tokens(_strictly(delta, tables, count, target), False)
+        return acting, Tokens(_strictly(acting, delta, tables.rows, target), doubt, read)
     if mode == STRICT:
-        if base.rows != theirs.rows:
+        if base is not None and theirs is not None and base.rows != theirs.rows:
             raise VocabularyMismatch(
                 f"the tokens of {target.tree.pin} are not those of the base "
                 f"{delta.manifest.base.name}",
                 next_step="--vocab align brings rows of the same token together.",
             )
-        return Tokens(_strictly(delta, tables, count, target), True)
-    if ours.rows == base.rows == theirs.rows and count == tables.shared == tables.tuned_rows:
-        return Tokens(None, True)
-    return Tokens(_Matching(ours, base, theirs, tables, count).alignment(), True, ours, base)
+        return acting, Tokens(_strictly(acting, delta, tables.rows, target), doubt, read)
+    assert ours is not None
+    assert base is not None
+    assert theirs is not None
+    assert shared is not None
+    same = ours.rows == base.rows == theirs.rows
+    if same and not acting.own and shared == tables.rows:
+        return acting, Tokens(None)
+    from hubdiff.plan.matching import Matching
+
+    matching = Matching(ours, base, theirs, shared, acting.own_rows, tables.rows, replaces)
+    return acting, Tokens(matching.alignment(), tuned=ours, base=base)
+
+
+def _no_tables(target: Checkpoint) -> VocabularyMismatch:
+    return VocabularyMismatch(
+        f"it can't be told which tensors of {target.tree.pin} have a row for every token: none has "
+        "the name of an input embedding",
+        next_step="--vocab rows takes rows by their number, where sizes allow it.",
+    )
+
+
+def _unread(
+    delta: Delta,
+    target: Checkpoint,
+    ours: Vocabulary | None,
+    base: Vocabulary | None,
+    theirs: Vocabulary | None,
+) -> str | None:
+    """Whose tokenizer can't be read."""
+    found = {
+        f"the one {delta.tree.pin} was made from": ours,
+        f"its base {delta.manifest.base.name}": base,
+        f"{target.tree.pin}": theirs,
+    }
+    whose = next((name for name, vocabulary in found.items() if vocabulary is None), None)
+    return None if whose is None else f"the tokenizer of {whose} can't be read"
+
+
+def _doubt(
+    acting: Acting, tables: Tables, shared: int | None, ours: Vocabulary, base: Vocabulary
+) -> str | None:
+    """Why rows can't be told apart by token, though the tokens are known."""
+    if not acting:
+        return None
+    if tables.unknown:
+        return f"whether {tables.unknown[0]} has a row for every token is not known"
+    if shared is None:
+        return "the delta's tensors of the vocabulary have unequal numbers of rows"
+    token = moved(ours, base)
+    if token is not None:
+        return f"the tune gave {token!r} another row than it has in the base"
+    return None
+
+
+def _covered(
+    acting: Acting, tables: Tables, shared: int | None, ours: Vocabulary, theirs: Vocabulary
+) -> bool:
+    rows = (shared or 0) + acting.own_rows
+    return theirs.covers(tables.rows) and (not acting or ours.covers(rows))
 
 
 def _kept(delta: Delta, target: Checkpoint) -> bool:
@@ -269,181 +345,60 @@ def _kept(delta: Delta, target: Checkpoint) -> bool:
     files = {file.path: file for file in delta.manifest.base.side_files}
     listed = target.tree.files()
     known = [path for path in TOKEN_FILES if path in files or path in listed]
-    changed = any(file.path == BASE_FILE for file in delta.manifest.side_files)
-    return (
-        bool(known)
-        and not changed
-        and all(
-            path in files
-            and path in listed
-            and listed[path].size == files[path].size
-            and (listed[path].sha256 or hash_bytes(target.tree.read_bytes(path)))
-            == files[path].sha256
-            for path in known
-        )
-    )
+    if not known or not delta.manifest.same_tokens:
+        return False
+    for path in known:
+        if path not in files or path not in listed or listed[path].size != files[path].size:
+            return False
+        digest = listed[path].sha256 or hash_bytes(target.tree.read_bytes(path))
+        if digest != files[path].sha256:
+            return False
+    return True
 
 
-def _strictly(delta: Delta, tables: Tables, count: int, target: Checkpoint) -> Alignment | None:
+def _strictly(acting: Acting, delta: Delta, count: int, target: Checkpoint) -> Alignment | None:
     """Nothing is moved. Where the tuned model has rows of its own, the target must have as many as
     the base."""
-    bases = {cut.base for cut in delta.manifest.rows.values() if cut.base is not None}
-    if not tables.own and not bases:
+    bases = {delta.manifest.rows[name].base for name in acting.own}
+    if not bases:
         return None
     if bases != {count}:
         raise VocabularyMismatch(
             f"the vocabulary has {count:,} rows in {target.tree.pin} and "
-            f"{', '.join(f'{rows:,}' for rows in sorted(bases))} in the delta's base",
+            f"{', '.join(f'{rows or 0:,}' for rows in bases)} in the delta's base",
             next_step="--vocab align brings rows of the same token together, where both tokenizers "
             "can be read; --vocab rows takes rows by their number.",
         )
-    return _by_number(tables, count, STRICT)
+    return _by_number(acting, delta, count, STRICT)
 
 
-def _by_number(tables: Tables, count: int, mode: str) -> Alignment:
+def _by_number(acting: Acting, delta: Delta, count: int, mode: str) -> Alignment:
     """Every row to the row of its number."""
-    own = tables.tuned_rows - tables.shared
-    if own and tables.shared > count:
+    shared, own = acting.shared(delta), acting.own_rows
+    if shared is None:
         raise VocabularyMismatch(
-            f"the target has {count:,} rows, and the tuned model's own begin behind row "
-            f"{tables.shared:,}",
+            "the delta's tensors of the vocabulary have unequal numbers of rows",
+            next_step="Leave one of them out with --exclude.",
+        )
+    if own and shared > count:
+        raise VocabularyMismatch(
+            f"the target has {count:,} rows, and the tuned model's own begin behind row {shared:,}",
             next_step="--vocab align finds rows for them, where both tokenizers can be read.",
         )
-    both = min(tables.shared, count)
     return Alignment(
-        mode,
-        max(count, tables.tuned_rows) if own else count,
-        count,
-        tables.shared,
-        (Run(0, 0, both),),
-        (Run(tables.shared, tables.shared, own),) if own else (),
-        *(0, 0, {}, {}, (), (), FILES, {}),
+        mode=mode,
+        rows=max(count, shared + own) if own else count,
+        target_rows=count,
+        shared=shared,
+        changed=(Run(0, 0, min(shared, count)),),
+        taken=(Run(shared, shared, own),) if own else (),
+        matched=0,
+        moved=0,
+        added={},
+        replaced={},
+        renamed={},
+        left=(),
+        missing=(),
+        tokenizer=FILES,
+        tokens={},
     )
-
-
-class _Matching:
-    """Rows brought together by token. Three vocabularies: the tuned model's, its base's and the
-    target's; rows of the result are found one kind after the other."""
-
-    def __init__(
-        self, ours: Vocabulary, base: Vocabulary, theirs: Vocabulary, tables: Tables, count: int
-    ) -> None:
-        self._ours, self._theirs, self._tables, self._count = ours, theirs, tables, count
-        self._token = {row: token for token, row in ours.rows.items()}
-        self._before = {row: token for token, row in base.rows.items()}
-        self._used = set(theirs.rows.values())
-        self._changed: dict[int, int] = {}
-        self._taken: dict[int, int] = {}
-        self._added: dict[str, int] = {}
-        self._renamed: dict[str, str] = {}
-        self._missing: list[str] = []
-
-    def alignment(self) -> Alignment:
-        matched = self._match_shared()
-        self._place_own()
-        self._match_unused()
-        for row in self._taken:
-            self._changed.pop(row, None)
-        tokens = {self._renamed.get(token, token): row for token, row in self._theirs.rows.items()}
-        tokens |= self._added
-        known = {*self._ours.rows, *self._renamed}
-        return Alignment(
-            ALIGN,
-            max(self._count, *(row + 1 for row in self._taken), 0),
-            self._count,
-            self._tables.shared,
-            runs_of(self._changed),
-            runs_of(self._taken),
-            matched,
-            sum(1 for at, row in self._changed.items() if at != row),
-            self._added,
-            self._renamed,
-            tuple(token for token in self._theirs.rows if token not in known),
-            tuple(self._missing),
-            self._whose(tokens),
-            tokens,
-        )
-
-    def _whose(self, tokens: Mapping[str, int]) -> str:
-        if tokens == self._ours.rows:
-            return SAME if self._ours.rows == self._theirs.rows else TUNED
-        return TARGET if tokens == self._theirs.rows else JOINED
-
-    def _row_of(self, token: str | None) -> int | None:
-        """The target's row of a token."""
-        row = None if token is None else self._theirs.rows.get(token)
-        return row if row is not None and row < self._count else None
-
-    def _match_shared(self) -> int:
-        """Rows that have a Δ, by the tuned model's token; those that the target does not know by
-        the base's, which the tune renamed or dropped. How many tokens found their row."""
-        unknown = []
-        for row in range(self._tables.shared):
-            at = self._row_of(self._token.get(row))
-            if at is not None:
-                self._changed[at] = row
-            else:
-                unknown.append(row)
-        for row in unknown:
-            token, old = self._token.get(row), self._before.get(row)
-            at = self._row_of(old)
-            if at is not None and at not in self._changed:
-                self._changed[at] = row
-                if old is not None and token is not None:
-                    self._renamed[old] = token
-            elif token is not None and not self._match_new(row, token):
-                self._missing.append(token)
-        return len(self._changed)
-
-    def _match_new(self, row: int, token: str) -> bool:
-        """A new token in a row that has none in the base and none in the target."""
-        free = row not in self._before and row < self._count and row not in self._used
-        if free:
-            self._changed[row] = self._added[token] = row
-        return free
-
-    def _place_own(self) -> None:
-        """The tuned model's own rows: to the row of their token, where the target has it; else to
-        the very row they have in the tuned model, if that leaves its vocabulary the result's; else
-        to the first rows behind the target's tokens, which is where tokenizers count on."""
-        shared, rows = self._tables.shared, self._tables.tuned_rows
-        fresh = []
-        for row in range(shared, rows):
-            token = self._token.get(row)
-            at = self._row_of(token)
-            if at is not None:
-                self._taken[at] = row
-            elif token is not None:
-                fresh.append((row, token))
-        tokens = {self._renamed.get(token, token): row for token, row in self._theirs.rows.items()}
-        tokens |= {**self._added, **{token: row for row, token in fresh}}
-        free = shared <= self._count and self._used.isdisjoint(range(shared, rows))
-        if tokens == self._ours.rows and (free or not fresh):
-            if fresh:
-                self._taken = {row: row for row in range(shared, rows)}
-                self._added |= {token: row for row, token in fresh}
-            return
-        self._leave_holes()
-        first = self._theirs.size
-        if fresh and first > self._count:
-            raise VocabularyMismatch(
-                f"the target's tokenizer has {first:,} tokens and its embedding {self._count:,} "
-                "rows",
-                next_step="Resize the target first (model.resize_token_embeddings).",
-            )
-        for at, (row, token) in enumerate(fresh, start=first):
-            self._taken[at], self._added[token] = row, at
-
-    def _leave_holes(self) -> None:
-        """No token goes to a row between others after all: a tokenizer that is not the tuned
-        model's would not count that way."""
-        for token, row in self._added.items():
-            del self._changed[row]
-            self._missing.append(token)
-        self._added = {}
-
-    def _match_unused(self) -> None:
-        """Rows without a token in any of the three: padding, by number."""
-        for row in range(min(self._tables.shared, self._count)):
-            if row not in self._token and row not in self._before and row not in self._used:
-                self._changed[row] = row

@@ -15,7 +15,7 @@ from hubdiff.delta import Delta
 from hubdiff.hashing import hash_bytes, tensor_hash
 from hubdiff.manifest import PROBE_BYTES, Side, TensorRecord
 from hubdiff.refs import PinnedRef
-from hubdiff.rows import cut_checkpoint
+from hubdiff.rows import cut_checkpoint, rest_hash
 
 # A tensor costs one request on the Hub; sixteen spread over the model tell any two models apart.
 REMOTE_PROBES = 16
@@ -32,9 +32,10 @@ class Verdict:
 
 def recognise(delta: Delta, target: Checkpoint) -> Verdict:
     """Compare target and base. Reads a few KB at the most."""
+    whole = target
     for name, cut in delta.manifest.rows.items():
-        whole = target.tensors.get(name)
-        if cut.base is not None and whole and whole.entry.shape[:1] != (cut.base,):
+        placed = target.tensors.get(name)
+        if cut.base is not None and placed and placed.entry.shape[:1] != (cut.base,):
             return Verdict(False, True, f"{name} has another number of rows")
     target = cut_at_rows(delta, target)
     missing = _missing_side_file(delta, target)
@@ -58,6 +59,9 @@ def recognise(delta: Delta, target: Checkpoint) -> Verdict:
     for record in _probes(records, target):
         if not _probe_matches(record, target):
             return Verdict(False, True, f"{record.name} differs from the base's")
+    for name, cut in delta.manifest.rows.items():
+        if cut.rest is not None and rest_hash(whole, name, cut.shared) != cut.rest:
+            return Verdict(False, True, f"{name} has other rows behind those that were compared")
     return Verdict(True, False, "its tensors have the base's fingerprints")
 
 

@@ -7,7 +7,7 @@ changed the same thing the later one wins, as a tuned model wins over a target, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,10 +24,10 @@ from hubdiff.errors import VocabularyMismatch
 from hubdiff.hashing import check_hash, hash_bytes
 from hubdiff.manifest import FileRecord
 from hubdiff.plan import token_files
-from hubdiff.plan.alignment import JOINED, Alignment, Tokens
+from hubdiff.plan.alignment import ALIGN, JOINED, Alignment, Tokens
 from hubdiff.plan.types import CARD, Weighted, WholeFile, require_file
 from hubdiff.sidecars import MERGED_FILES, LeftOut, SideFile, result_sidecars
-from hubdiff.vocab import Vocabulary
+from hubdiff.vocab import read_vocabulary
 
 # Files that map tokens to rows, in the formats that carry the whole map.
 TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model")
@@ -62,8 +62,36 @@ def plan_side_files(
         files = replay.run()
         notes += replay.notes
         left_out |= {gone.path: gone for gone in replay.left_out if gone.path not in left_out}
+    _check_tokens(files, target, [t.alignment for t in tokens if t.alignment])
     missing = tuple(gone for path, gone in left_out.items() if path not in files)
     return SidePlan(tuple(files.values()), tuple(notes), missing)
+
+
+def _check_tokens(
+    files: Mapping[str, WholeFile], target: Checkpoint, alignments: Sequence[Alignment]
+) -> None:
+    """Raise unless the tokenizer's files say what was planned for the rows."""
+    by_token = [one for one in alignments if one.mode == ALIGN]
+    if not by_token:
+        return
+    planned = next((one for one in by_token if one.changes_tokens), by_token[0])
+
+    def content(path: str) -> bytes | None:
+        file = files.get(path)
+        if file is None or file.data is not None:
+            return None if file is None else file.data
+        if file.delta is not None:
+            return carried(file.delta, f"tuned/{path}")
+        return target.tree.read_bytes(path)
+
+    found = read_vocabulary(content)
+    if found is None or found.rows != planned.tokens:
+        raise VocabularyMismatch(
+            "the tuned model's tokenizer and the target's can't be made one: their files would not "
+            "say what the rows stand for",
+            next_step="--vocab rows takes rows by their number; or leave the vocabulary out with "
+            "--exclude '*embed*' --exclude '*lm_head*'.",
+        )
 
 
 @dataclass
@@ -101,7 +129,7 @@ class _Replay:
             },
             weights=self.target.shards,
         )
-        if not self.tokens.compared:
+        if not self.tokens.read:
             self._note_other_tokenizer(base)
         files: dict[str, WholeFile] = {}
         for side in plan.files:
@@ -122,7 +150,9 @@ class _Replay:
     def _with_rows(self, file: WholeFile, rows: int) -> WholeFile:
         """The result's config for the rows that its vocabulary has."""
         said = self._json_so_far(file)
-        config = token_files.with_rows(said, rows)
+        there = self.tokens.alignment
+        grown = rows if there is None or rows != there.target_rows else None
+        config = token_files.with_rows(said, self.target.config, grown)
         return file if config == said else _made(file.path, json_text(config).encode(), file.note)
 
     def _with_tokens(
@@ -144,8 +174,16 @@ class _Replay:
         )
         if config in result:
             result[config] = self._tokenizer_config(result[config], entries, alignment)
+        specials = token_files.SPECIALS
+        if specials in result and result[specials].origin == "delta":
+            target = self._json_so_far(self.before[specials]) if specials in self.before else {}
+            known = token_files.known_specials(self._tuned_json(specials), target, alignment)
+            result[specials] = _made(specials, token_files.text(known))
         if alignment.tokenizer == JOINED:
             result |= self._joined(entries, alignment)
+        for path in ("vocab.txt", "vocab.json") if alignment.renamed else ():
+            if result.pop(path, None) is not None:
+                self.left_out.append(LeftOut(path, "it has names that the tune changed"))
         return result
 
     def _tuned_json(self, path: str) -> dict[str, Any]:
@@ -183,7 +221,9 @@ class _Replay:
                 "or take rows by their number with --vocab rows.",
             )
         document = self._json_so_far(self.before[path])
-        joined = token_files.joined_tokenizer(document, entries, alignment, where)
+        joined = token_files.joined_tokenizer(
+            document, entries, alignment, where, carried=bool(self._tuned_json(path))
+        )
         files = {path: _made(path, token_files.text(joined))}
         if added in self.before:
             known = token_files.joined_added(self._json_so_far(self.before[added]), alignment)
@@ -248,9 +288,10 @@ class _Replay:
 
     def _merged(self, file: WholeFile) -> WholeFile:
         path = file.path
+        base, tuned = self._carried_configs(path)
         merged = merge_json(
-            self._in_result(f"base/{path}", self.tokens.base),
-            self._in_result(f"tuned/{path}", self.tokens.tuned),
+            base,
+            tuned,
             self._json_so_far(file),
             CONFIG_RULES if path == "config.json" else GENERATION_RULES,
         )
@@ -259,13 +300,21 @@ class _Replay:
                 self.notes.append(f"{self.who}{path}: {note}")
         return _made(path, json_text(merged.value).encode())
 
-    def _in_result(self, path: str, vocabulary: Vocabulary | None) -> dict[str, Any]:
-        """A config that the delta carries, with the ids that its tokens have in the result."""
-        config, alignment = carried_json(self.delta, path), self.tokens.alignment
-        if alignment is None or vocabulary is None or not alignment.other_tokens:
-            return config
-        moved: dict[str, Any] = token_files.with_ids(config, vocabulary, alignment)
-        return moved
+    def _carried_configs(self, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Base's and tuned model's config, with the ids that their tokens have in the result. What
+        names a token that the result does not have is left out of both, and so stays the
+        target's."""
+        base, tuned = (carried_json(self.delta, f"{side}/{path}") for side in ("base", "tuned"))
+        alignment, ours, theirs = self.tokens.alignment, self.tokens.tuned, self.tokens.base
+        if alignment is None or ours is None or theirs is None or not alignment.other_tokens:
+            return base, tuned
+        base, lost = token_files.with_ids(base, theirs, alignment)
+        tuned, gone = token_files.with_ids(tuned, ours, alignment)
+        for name in gone:
+            self.notes.append(
+                f"{self.who}{path}: {name} is the target's: the tuned model's token is not there"
+            )
+        return tuple(_without(side, {*lost, *gone}) for side in (base, tuned))  # type: ignore[return-value]
 
     def _json_so_far(self, file: WholeFile) -> dict[str, Any]:
         if file.data is not None:
@@ -275,16 +324,31 @@ class _Replay:
         return read_json(self.target.tree, file.path)
 
 
+def _without(config: dict[str, Any], fields: Collection[str], path: str = "") -> dict[str, Any]:
+    """A config without some of its fields, given by their paths."""
+    return {
+        key: _without(value, fields, f"{path}{key}.") if isinstance(value, dict) else value
+        for key, value in config.items()
+        if f"{path}{key}" not in fields
+    }
+
+
 def _made(path: str, data: bytes, note: str | None = None) -> WholeFile:
     return WholeFile(path, len(data), "made", data=data, note=note)
 
 
-def carried_json(delta: Delta, path: str) -> dict[str, Any]:
-    """A config that the delta carries, checked; ``{}`` for one that its side never had."""
+def carried(delta: Delta, path: str) -> bytes | None:
+    """A file that the delta carries, checked; None for one that its side never had."""
     record = next((f for f in delta.manifest.side_files if f.path == path), None)
     if record is None:
-        return {}
+        return None
     require_file(delta, path)
-    data, where = delta.tree.read_bytes(path), f"{delta.tree.pin}/{path}"
-    check_hash(hash_bytes(data), record.sha256, where)
-    return parse_json(data, where)
+    data = delta.tree.read_bytes(path)
+    check_hash(hash_bytes(data), record.sha256, f"{delta.tree.pin}/{path}")
+    return data
+
+
+def carried_json(delta: Delta, path: str) -> dict[str, Any]:
+    """A config that the delta carries; ``{}`` for one that its side never had."""
+    data = carried(delta, path)
+    return {} if data is None else parse_json(data, f"{delta.tree.pin}/{path}")

@@ -20,9 +20,9 @@ from hubdiff.errors import (
 )
 from hubdiff.forecast import Look
 from hubdiff.manifest import TensorRecord
-from hubdiff.names import Match, has_vocabulary_word, match_names
-from hubdiff.pair import EMBEDDINGS, FLOATS, HEADS, Filters, check_shapes
-from hubdiff.plan.alignment import Tables, Tokens, align
+from hubdiff.names import EMBEDDINGS, HEADS, Match, is_for_tokens, match_names, tables_of
+from hubdiff.pair import FLOATS, Filters, check_shapes
+from hubdiff.plan.alignment import NOTHING, Tokens, align
 from hubdiff.plan.layout import Layout, Table
 from hubdiff.plan.side_files import carried_json, plan_side_files
 from hubdiff.plan.types import (
@@ -33,7 +33,7 @@ from hubdiff.plan.types import (
     Term,
     Weighted,
 )
-from hubdiff.rows import whole_name
+from hubdiff.rows import shapes_of, whole_name
 from hubdiff.safetensors_io import TensorEntry
 from hubdiff.scales import Scales
 
@@ -144,11 +144,12 @@ def _tables(
 ) -> dict[str, Table]:
     """The vocabulary tensors that are made row by row, by the names of the target's."""
     tables: dict[str, Table] = {}
-    brought = [part for part in parts if part.own and part.tokens.alignment]
-    brought = [part for part in brought if part.tokens.alignment and part.tokens.alignment.taken]
+    brought = [
+        part for part in parts if part.tokens.alignment and part.tokens.alignment.changes_tokens
+    ]
     if len(brought) > 1:
         raise CannotApply(
-            f"{brought[0].item.name} and {brought[1].item.name} both bring tokens of their own",
+            f"{brought[0].item.name} and {brought[1].item.name} both change the target's tokens",
             next_step="Apply one of the two first, then the other to the result.",
         )
     for part in parts:
@@ -194,8 +195,7 @@ class Transfer:
 
     def __post_init__(self) -> None:
         self.delta = self.item.delta
-        self._tables: Tables | None = None
-        self._tokens = Tokens(None, False)
+        self._acting, self._tokens = NOTHING, Tokens(None)
         self._tied: set[str] = set()
 
     def contribution(self) -> Contribution:
@@ -206,20 +206,28 @@ class Transfer:
             )
         match = self._match()
         self._check_depth()
-        self._tables = Tables.of(self.delta, match.pairs, self.filters.takes)
-        self._tokens = align(self.delta, self.target, self._tables, self.vocab)
+        self._acting, self._tokens = align(
+            self.delta,
+            self.target,
+            match.pairs,
+            self.filters.takes,
+            self.vocab,
+            replaces=self._acts_on_vocabulary(),
+        )
         alignment = self._tokens.alignment
+        if self._acting and self._tokens.doubt and self._tokens.read:
+            self.notes.append(f"rows of the vocabulary stay where they are: {self._tokens.doubt}")
         own = self._own()
         terms = self._terms(match, own)
         added = self._added(match)
-        partners = self._tables.partners.values() if self._tables and alignment else ()
+        partners = self._acting.partners.values() if alignment else ()
         aligned = frozenset({*partners, *own, *self._tied})
         self._check_all_grow(aligned)
         complete = self.delta.manifest.complete
         known = frozenset({*match.pairs.values(), *added}) if complete else None
         acts = {term.record.name: name for name, term in reversed(terms.items()) if term.factor}
         rows = alignment.changed if alignment is not None else ()
-        names = frozenset(self._tables.records) if self._tables and alignment else frozenset()
+        names = frozenset(self._acting.records) if alignment else frozenset()
         look = Look.of(self.delta, self.target, acts, names, rows)
         return Contribution(
             self.item, terms, added, aligned, own, self._tokens, known, tuple(self.notes), look
@@ -230,9 +238,9 @@ class Transfer:
         alignment = self._tokens.alignment
         if alignment is None or alignment.rows == alignment.target_rows:
             return
-        for name, placed in self.target.tensors.items():
-            stays = name not in aligned and has_vocabulary_word(name)
-            if stays and placed.entry.shape[:1] == (alignment.target_rows,):
+        tables = tables_of(shapes_of(self.target))
+        for name in tables.known if tables is not None else ():
+            if name not in aligned:
                 raise VocabularyMismatch(
                     f"the tuned model's tokens need {alignment.rows:,} rows, and {name} of "
                     f"{self.target.tree.pin} would keep {alignment.target_rows:,}: the delta has "
@@ -243,15 +251,26 @@ class Transfer:
 
     def _own(self) -> dict[str, Term]:
         """The rows that only the tuned model has, for the target's tensors that get them."""
-        if self._tables is None:
-            return {}
-        pairs = self._tables.partners
-        for name, record in self._tables.own.items():
-            self._check_dtypes(record, self.target.tensors[pairs[name]])
-        return {pairs[name]: self._term(record) for name, record in self._tables.own.items()}
+        pairs = self._acting.partners
+        for name, record in self._acting.own.items():
+            self._check_own(name, record, self.target.tensors[pairs[name]])
+        return {pairs[name]: self._term(record) for name, record in self._acting.own.items()}
 
-    def _check_dtypes(self, record: TensorRecord, placed: Placed) -> None:
+    def _acts_on_vocabulary(self) -> bool:
+        """Whether rows of the tuned model replace the target's: at scale 0 none does."""
+        factors = {self._term(record).factor for record in self.delta.manifest.tensors}
+        return factors != {0.0}
+
+    def _check_own(self, name: str, record: TensorRecord, placed: Placed) -> None:
         """Rows are converted to the target's dtype, where both are floats."""
+        shape = (*placed.entry.shape[:1], *record.shape[1:])
+        check_shapes(
+            name,
+            Placed("", TensorEntry(name, record.dtype, shape, 0, 0)),
+            placed,
+            "delta",
+            "target",
+        )
         if record.dtype != placed.entry.dtype and not (
             record.dtype in FLOATS and placed.entry.dtype in FLOATS | {"F64"}
         ):
@@ -332,9 +351,7 @@ class Transfer:
             )
 
     def _is_aligned(self, record: TensorRecord) -> bool:
-        if self._tables is None or self._tokens.alignment is None:
-            return False
-        return record.name in self._tables.partners
+        return self._tokens.alignment is not None and record.name in self._acting.partners
 
     def _without_partner(self, record: TensorRecord) -> None:
         if record.name in self.delta.manifest.aliases:
@@ -423,15 +440,9 @@ class Transfer:
         alignment = self._tokens.alignment
         cut = record.name in self.delta.manifest.rows
         moves = alignment is not None and not alignment.in_place
-        if has_vocabulary_word(record.name) and (cut or moves) and self._is_table(record):
+        if cut or (moves and is_for_tokens(record.name)):
             raise VocabularyMismatch(
                 f"{record.name} is only in the tuned model, with rows for its own tokens, which "
                 "are not those of the result",
                 next_step="Leave it out with --exclude.",
             )
-
-    def _is_table(self, record: TensorRecord) -> bool:
-        return self._tables is not None and record.shape[:1] in (
-            (self._tables.shared,),
-            (self._tables.tuned_rows,),
-        )

@@ -77,7 +77,8 @@ class Weighted:
 class Term:
     """What one delta has for one tensor: the parts of ``record`` in ``groups``, times ``scale``
     (that of the tensor) and ``weight`` (that of the delta). ``laid`` says which of its rows are
-    laid out where before they act; empty: they are where they belong."""
+    laid out where before they act; empty: they are where they belong. ``rows``: how many of the
+    tensor's rows have a Δ at all; None: every one."""
 
     delta: Delta
     record: TensorRecord
@@ -85,6 +86,12 @@ class Term:
     scale: float = 1.0
     weight: float = 1.0
     laid: tuple[Run, ...] = ()
+    rows: int | None = None
+
+    @property
+    def laid_rows(self) -> int:
+        """How many rows are laid out."""
+        return sum(run.count for run in self.laid)
 
     @property
     def parts(self) -> tuple[Part, ...]:
