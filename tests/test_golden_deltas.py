@@ -134,12 +134,29 @@ def _renamed() -> Models:
     return base, tuned, {**_model("BF16", 50), "positions": base["bert.positions"]}
 
 
+def _rows() -> Models:
+    """A vocabulary of 12 tokens in the base, of 14 in the tuned model, in another order in the
+    target."""
+    name = "model.embed_tokens.weight"
+    base = {**_model("BF16"), name: ("BF16", _half((12, 16), 20, 0x79))}
+    tuned = _move(base)
+    more = np.concatenate([tuned[name][1], _half((2, 16), 21, 0x79)])
+    target = {**_model("BF16", 50), name: ("BF16", _half((13, 16), 22, 0x79))}
+    return base, {**tuned, name: ("BF16", more)}, target
+
+
+WORDS = [f"w{i}" for i in range(12)]
+# The tokens of base, tuned model and target, by row, of a case that has any.
+TOKENS = {"v1-rows": (WORDS, [*WORDS, "<a>", "<b>"], [*reversed(WORDS), "<other>"])}
+NONE: tuple[list[str], list[str], list[str]] = ([], [], [])
+
 CASES: dict[str, tuple[Callable[[], Models], dict[str, Any]]] = {
     "v1-packed-bf16": (_bf16, {}),
     "v1-plain-fp16": (_fp16, {"plain": True}),
     "v1-fp32-with-exact": (_fp32, {}),
     "v1-added-removed-renamed": (_renamed, {}),
     "v1-plain-added": (_renamed, {"plain": True}),
+    "v1-rows": (_rows, {}),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -186,7 +203,7 @@ def test_the_tuned_model_is_what_it_was_made_from(case: str, tmp_path: Path) -> 
     """The hashes in the delta could agree with each other and all be wrong."""
     _, tuned, _ = CASES[case][0]()
     hubdiff.apply(GOLDEN / case / "delta", GOLDEN / case / "base", output=tmp_path / "out")
-    _write(tmp_path / "tuned", tuned, eos_token_id=7)
+    _write(tmp_path / "tuned", tuned, TOKENS.get(case, NONE)[1], eos_token_id=7)
     assert _hashes(tmp_path / "out") == _hashes(tmp_path / "tuned")
 
 
@@ -197,7 +214,7 @@ def test_the_tuned_model_is_what_it_was_made_from(case: str, tmp_path: Path) -> 
 )
 def test_the_same_models_still_give_the_same_bytes(case: str, tmp_path: Path) -> None:
     _, tuned, _ = CASES[case][0]()
-    _write(tmp_path / "tuned", tuned, eos_token_id=7)
+    _write(tmp_path / "tuned", tuned, TOKENS.get(case, NONE)[1], eos_token_id=7)
     hubdiff.push_delta(
         tmp_path / "tuned", tmp_path / "delta", base=GOLDEN / case / "base", **CASES[case][1]
     )
@@ -214,7 +231,7 @@ def test_the_same_models_still_give_the_same_bytes(case: str, tmp_path: Path) ->
             assert written == (GOLDEN / case / "delta" / file["path"]).read_bytes()
 
 
-def _write(folder: Path, model: Bits, **config: object) -> None:
+def _write(folder: Path, model: Bits, tokens: list[str], **config: object) -> None:
     """A model folder, written without any library that could write it otherwise one day."""
     folder.mkdir(parents=True)
     header, body = {}, b""
@@ -230,16 +247,22 @@ def _write(folder: Path, model: Bits, **config: object) -> None:
     text += b" " * (-len(text) % 8)
     (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + body)
     (folder / "config.json").write_text(json.dumps({"model_type": "golden", **config}) + "\n")
+    if tokens:
+        words = {token: row for row, token in enumerate(tokens) if not token.startswith("<")}
+        added = [{"id": tokens.index(t), "content": t} for t in tokens if t.startswith("<")]
+        document = {"model": {"type": "WordLevel", "vocab": words}, "added_tokens": added}
+        (folder / "tokenizer.json").write_text(json.dumps(document) + "\n")
 
 
 def _make(case: str) -> None:
     models, options = CASES[case]
     base, tuned, target = models()
     folder = GOLDEN / case
-    _write(folder / "base", base)
-    _write(folder / "target", target, rope_theta=5e5)
+    tokens = TOKENS.get(case, NONE)
+    _write(folder / "base", base, tokens[0])
+    _write(folder / "target", target, tokens[2], rope_theta=5e5)
     with TemporaryDirectory() as temporary:
-        _write(Path(temporary, "tuned"), tuned, eos_token_id=7)
+        _write(Path(temporary, "tuned"), tuned, tokens[1], eos_token_id=7)
         hubdiff.push_delta(
             Path(temporary, "tuned"), folder / "delta", base=folder / "base", **options
         )

@@ -18,8 +18,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 import hubdiff
 from hubdiff.devhub import DevHub
-from hubdiff.errors import CannotApply, ShapeMismatch, VocabularyMismatch
+from hubdiff.errors import BadManifest, CannotApply, ShapeMismatch, VocabularyMismatch
 from hubdiff.jobs.verify import verify
+from hubdiff.manifest import parse_manifest
 from hubdiff.plan import token_files
 from hubdiff.plan.alignment import Alignment
 from hubdiff.vocab import Vocabulary
@@ -639,6 +640,61 @@ def test_ties_keeps_its_share_of_the_rows_that_have_a_difference(tmp_path: Path)
     again, _, plan = put(here, method="ties", density=0.2)
     assert plan["scratch"] > 0
     assert int((again[v.EMBED] != target[v.EMBED]).sum()) <= int(0.2 * 63 * 8)
+
+
+# --- a stranger's manifest ---
+
+
+def _other_rest(manifest: Any) -> None:
+    rest = next(t for t in manifest["tensors"] if t["name"].endswith("[63:]"))
+    rest["shape"] = [2, 4]
+
+
+def _two_places(manifest: Any) -> None:
+    manifest["rows"][v.HEAD]["shared"] = 62
+
+
+def _unexplained(manifest: Any) -> None:
+    del manifest["rows"][v.HEAD]
+
+
+def _more_than_the_base(manifest: Any) -> None:
+    manifest["rows"][v.EMBED]["base"] = 5
+
+
+def _no_record(manifest: Any) -> None:
+    manifest["rows"]["x"] = {"shared": 3, "base": 3, "rest": None}
+
+
+def _a_scalar(manifest: Any) -> None:
+    rest = next(t for t in manifest["tensors"] if t["name"].endswith("[63:]"))
+    rest["shape"] = []
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_other_rest, "behind those of"),
+        (_two_places, "cut behind 62 rows, which no record has"),
+        (_unexplained, "that no cut explains"),
+        (_more_than_the_base, "shares 63 rows of 5"),
+        (_no_record, "cut behind 3 rows, which no record has"),
+        (_a_scalar, "behind those of"),
+    ],
+)
+def test_cuts_that_make_no_sense_are_refused(moved: World, damage: Any, words: str) -> None:
+    file = moved.delta / "hubdiff.json"
+    manifest = json.loads(file.read_text())
+    damage(manifest)
+    with pytest.raises(BadManifest, match=words):
+        parse_manifest(json.dumps(manifest).encode(), "hubdiff.json")
+
+
+@pytest.mark.parametrize("name", ["vocabulary.json.zst", "base-vocabulary.json.zst"])
+def test_a_vocabulary_that_is_listed_must_be_there(moved: World, name: str) -> None:
+    (moved.delta / name).unlink()
+    with pytest.raises(BadManifest, match=f"{name} is missing"):
+        put(moved)
 
 
 # --- the modes ---
