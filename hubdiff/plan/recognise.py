@@ -40,7 +40,7 @@ def recognise(delta: Delta, target: Checkpoint) -> Verdict:
     target = cut_at_rows(delta, target)
     missing = _missing_side_file(delta, target)
     if missing:
-        return Verdict(False, True, f"it lacks {missing}, which the own base has")
+        return Verdict(False, True, missing)
     records = [record for record in delta.manifest.tensors if not record.added]
     known = {record.name for record in records} | set(delta.manifest.removed)
     foreign = next((name for name in target.tensors if name not in known), None)
@@ -78,17 +78,20 @@ def same_pin(base: Side, pin: PinnedRef) -> bool:
 
 
 def _missing_side_file(delta: Delta, target: Checkpoint) -> str | None:
-    """A file that the rebuild would take from the base and the target does not have."""
+    """Why a file that the rebuild would take from the base can't come from the target."""
     listed = target.tree.files()
     for file in delta.manifest.tuned_files:
         if file.source != "base":
             continue
         info = listed.get(file.path)
-        if info is None or info.size != file.size:
-            return file.path
+        if info is None:
+            return f"it lacks {file.path}, which the own base has"
         # A small file has no listed sha256, and one of equal size may still be another.
-        if (info.sha256 or hash_bytes(target.tree.read_bytes(file.path))) != file.sha256:
-            return file.path
+        same = info.size == file.size and file.sha256 == (
+            info.sha256 or hash_bytes(target.tree.read_bytes(file.path))
+        )
+        if not same:
+            return f"its {file.path} is not the own base's"
     return None
 
 

@@ -129,7 +129,7 @@ class _Replay:
             },
             weights=self.target.shards,
         )
-        if not self.tokens.read:
+        if self.tokens.doubt is not None:
             self._note_other_tokenizer(base)
         files: dict[str, WholeFile] = {}
         for side in plan.files:
