@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hubdiff.jobs.check import check
     from hubdiff.jobs.diff import diff
     from hubdiff.jobs.export import export
+    from hubdiff.jobs.finetune import finetune
     from hubdiff.jobs.inspect import inspect
     from hubdiff.jobs.lineage import lineage
     from hubdiff.jobs.load import load
@@ -41,6 +42,7 @@ __all__ = [
     "check",
     "diff",
     "export",
+    "finetune",
     "inspect",
     "lineage",
     "list_deltas",
@@ -60,6 +62,7 @@ _HOMES = {
     "check": "hubdiff.jobs.check",
     "diff": "hubdiff.jobs.diff",
     "export": "hubdiff.jobs.export",
+    "finetune": "hubdiff.jobs.finetune",
     "inspect": "hubdiff.jobs.inspect",
     "lineage": "hubdiff.jobs.lineage",
     "list_deltas": "hubdiff.jobs.registry",

@@ -168,6 +168,48 @@ def result_card(
     )
 
 
+def tuned_card(
+    record: Mapping[str, Any],
+    *,
+    name: str,
+    base_card: Mapping[str, Any] | None = None,
+) -> str:
+    """The card of a fine-tune. ``record`` has ``base`` and ``delta`` (or null) with repo, commit,
+    name, licence and gated; ``data``, ``examples``, ``recipe``, ``libraries`` (name → version),
+    ``losses``, ``picture``, ``command`` (a list of arguments) and ``master``."""
+    base = _side(record, "base")
+    delta = _side(record, "delta") if record.get("delta") else None
+    parents = [_Parent("base", base, base_card or {}), _Parent("delta", delta or {})]
+    recipe = dict(record["recipe"])
+    settings = [
+        (key.replace("_", " "), value) for key, value in recipe.items() if value is not None
+    ]
+    settings += [("made with", ", ".join(f"{k} {v}" for k, v in record["libraries"].items()))]
+    command = record.get("command")
+    metadata = {
+        **_licence(parents),
+        **_task(base_card),
+        "library_name": _library(base_card),
+        "tags": ["hubdiff", "generated_from_trainer"],
+        **_parents([base], "adapter" if recipe.get("lora") else "finetune"),
+    }
+    return _render(
+        "tuned_card.md",
+        metadata,
+        title=name,
+        base=base,
+        delta=delta,
+        data=record["data"],
+        examples=record["examples"],
+        recipe=recipe,
+        settings=settings,
+        losses=record["losses"],
+        picture=record["picture"],
+        command=shlex.join(map(str, command)) if command else None,
+        master=record["master"],
+    )
+
+
 def _render(name: str, metadata: Mapping[str, Any], **values: Any) -> str:
     import jinja2
     import yaml

@@ -6,11 +6,11 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    def start(self, what: str, total: int) -> None:
-        """A phase begins; ``total`` is in bytes."""
+    def start(self, what: str, total: int, unit: str = "") -> None:
+        """A phase begins; ``total`` is in bytes, or in a ``unit`` of many ("steps")."""
 
     def advance(self, count: int) -> None:
-        """``count`` more bytes are done. Called from one thread."""
+        """``count`` more of them are done. Called from one thread."""
 
     def finish(self) -> None:
         """The phase is over."""
@@ -22,7 +22,7 @@ class Progress(Protocol):
 class Silent:
     """No one is watching."""
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, what: str, total: int, unit: str = "") -> None:
         pass
 
     def advance(self, count: int) -> None:

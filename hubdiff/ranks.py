@@ -404,10 +404,10 @@ class _Watched:
     def __init__(self, inner: Progress, ranks: _Joined) -> None:
         self._inner, self._ranks = inner, ranks
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, what: str, total: int, unit: str = "") -> None:
         self._ranks.begin(what)
         self._ranks.check()
-        self._inner.start(f"{what}, rank {self._ranks.rank} of {self._ranks.size}", total)
+        self._inner.start(f"{what}, rank {self._ranks.rank} of {self._ranks.size}", total, unit)
 
     def advance(self, count: int) -> None:
         self._ranks.check()

@@ -35,6 +35,7 @@ COMMANDS = {
     "lineage": "lineage",
     "tag": "tag",
     "alias": "alias",
+    "finetune": "finetune",
     "demo": "demo",
 }
 

@@ -44,6 +44,13 @@ class Session:
         with self._progress(if_stopped) as progress:
             yield progress
 
+    @contextmanager
+    def working_launched(self, *, if_stopped: str) -> Iterator[Progress]:
+        """As ``working``, also in the processes of a launcher that the work itself meets by
+        (accelerate); the first shows the progress."""
+        with self._progress(if_stopped) as progress:
+            yield progress
+
     def require_one_process(self) -> None:
         """Refuse torchrun for work that is not shared."""
         if self.several:

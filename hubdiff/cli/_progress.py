@@ -42,7 +42,7 @@ class Notes:
     def __init__(self, stream: TextIO, clean: Clean) -> None:
         self._stream, self._clean = stream, clean
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, what: str, total: int, unit: str = "") -> None:
         pass
 
     def advance(self, count: int) -> None:
@@ -75,10 +75,11 @@ class Lines(Notes):
         super().__init__(stream, clean)
         self._clock = clock
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, what: str, total: int, unit: str = "") -> None:
         self._what, self._total, self._done, self._tenths = what, total, 0, 0
+        self._unit = unit
         self._began = self._last = self._clock()
-        self._print(f"{what}: {size_text(total)}")
+        self._print(f"{what}: {_many(total, unit)}")
 
     def advance(self, count: int) -> None:
         self._done += count
@@ -92,14 +93,14 @@ class Lines(Notes):
             left = (self._total - self._done) / rate if rate else 0
             share = 100 * self._done / self._total if self._total else 100
             self._print(
-                f"{self._what}: {share:.0f} %, {size_text(self._done)} of "
-                f"{size_text(self._total)}, {size_text(rate)}/s, {left:.0f} s left"
+                f"{self._what}: {share:.0f} %, {_many(self._done, self._unit)} of "
+                f"{_many(self._total, self._unit)}, {_rate(rate, self._unit)}, {left:.0f} s left"
             )
 
     def finish(self) -> None:
         took = self._clock() - self._began
-        rate = size_text(self._done / max(took, 1e-3))
-        self._print(f"{self._what}: done, {size_text(self._done)} in {took:.1f} s ({rate}/s)")
+        rate = _rate(self._done / max(took, 1e-3), self._unit)
+        self._print(f"{self._what}: done, {_many(self._done, self._unit)} in {took:.1f} s ({rate})")
 
 
 class Bars:
@@ -110,11 +111,11 @@ class Bars:
         self._task: TaskID | None = None
         self._waiting: TaskID | None = bars.add_task("reading headers", total=None)
 
-    def start(self, what: str, total: int) -> None:
+    def start(self, what: str, total: int, unit: str = "") -> None:
         if self._waiting is not None:
             self._bars.remove_task(self._waiting)
             self._waiting = None
-        self._task = self._bars.add_task(self._clean(what), total=total)
+        self._task = self._bars.add_task(self._clean(what), total=total, unit=unit)
 
     def advance(self, count: int) -> None:
         if self._task is not None:
@@ -158,14 +159,23 @@ def _bars(stream: TextIO) -> Iterator[RichProgress]:
 def _amount(task: Any) -> str:
     if task.total is None:
         return ""
+    unit = task.fields.get("unit", "")
     if task.finished:
         took = task.finished_time or 0.0
-        rate = size_text(task.total / max(took, 1e-3))
-        return f"{size_text(task.total)} in {took:.1f} s, {rate}/s"
-    rate = f", {size_text(task.speed)}/s" if task.speed else ""
+        rate = _rate(task.total / max(took, 1e-3), unit)
+        return f"{_many(task.total, unit)} in {took:.1f} s, {rate}"
+    rate = f", {_rate(task.speed, unit)}" if task.speed else ""
     left = task.time_remaining
     eta = f", {_clock(left)} left" if left is not None else ""
-    return f"{size_text(task.completed)} of {size_text(task.total)}{rate}{eta}"
+    return f"{_many(task.completed, unit)} of {_many(task.total, unit)}{rate}{eta}"
+
+
+def _many(count: float, unit: str) -> str:
+    return f"{count:,.0f} {unit}" if unit else size_text(count)
+
+
+def _rate(rate: float, unit: str) -> str:
+    return f"{rate:,.1f} {unit}/s" if unit else f"{size_text(rate)}/s"
 
 
 def _clock(seconds: float) -> str:

@@ -51,8 +51,10 @@ __all__ = [
     "TensorFile",
     "begin_writeback",
     "disk_errors",
+    "only_run",
     "open_sink",
     "output_folder",
+    "refuse_place",
     "require_place",
     "write_all",
 ]

@@ -1,0 +1,1 @@
+"""The transfer lab: fine-tuning, on TRL, transformers and accelerate (the extra ``finetune``)."""

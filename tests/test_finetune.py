@@ -1,0 +1,360 @@
+"""finetune: a tiny model, really trained: what the trainer uses is what the recipe says, the result
+is a base's tune to the bit, and a run that stops loses nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hubdiff
+from hubdiff.errors import HubdiffError
+from hubdiff.jobs.verify import verify
+from hubdiff.lab.examples import read_examples
+from hubdiff.lab.recipe import Lora, Recipe, read_recipe
+from hubdiff.toy_family import LETTERS, make_tokenizer
+
+pytest.importorskip("trl")
+
+FAST = ("steps=12", "batch=8", "micro_batch=4", "length=64", "learning_rate=3e-3", "log_every=4")
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hubdiff.jobs.push._picture", lambda _: b"")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A character-level Llama of two layers in bf16, which knows nothing."""
+    folder = tmp_path_factory.mktemp("models") / "base"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        attention_dropout=0.25,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# base\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "train.jsonl"
+    words = [LETTERS[i : i + 3][::-1] for i in range(7)] * 8
+    lines = [{"prompt": f"sort {w} = ", "completion": "".join(sorted(w))} for w in words]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def train(base: Path, data: Path, output: Path, *settings: str, **more: Any) -> Any:
+    return hubdiff.finetune(base, data=data, output=output, settings=(*FAST, *settings), **more)
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("tuned") / "tuned"
+    made = train(base, data, output, command=["hubdiff", "finetune"])
+    assert made.losses[-1] < made.losses[0]
+    return output
+
+
+def test_the_result_is_the_base_but_for_its_weights(base: Path, tuned: Path) -> None:
+    ours, theirs = models.hashes(tuned), models.hashes(base)
+    assert set(theirs) <= set(ours)
+    differ = {path for path in theirs if ours[path] != theirs[path]}
+    assert differ == {"model.safetensors", "README.md"}
+    old, new = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
+    assert {n: (t.dtype, t.shape) for n, t in new.items()} == {
+        n: (t.dtype, t.shape) for n, t in old.items()
+    }
+    assert any(not torch.equal(new[name], old[name]) for name in old)
+    assert {path.name for path in tuned.parent.iterdir()} == {"tuned"}
+
+
+def test_the_masters_are_the_weights_as_they_were_trained(tuned: Path) -> None:
+    masters = load_file(tuned / "master" / "model.safetensors")
+    rounded = load_file(tuned / "model.safetensors")
+    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
+    assert all(torch.equal(masters[name].bfloat16(), rounded[name]) for name in rounded)
+    finer = sum(int((t.bfloat16().float() != t).sum()) for t in masters.values())
+    assert finer > 0
+
+
+def test_the_card_the_metrics_and_the_curve_say_how_it_went(tuned: Path) -> None:
+    card = (tuned / "README.md").read_text()
+    for text in ("license: mit", "12 steps of 8", "| learning rate | 0.003 |", "`master/`"):
+        assert text in card
+    lines = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in lines)
+    assert (tuned / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert read_recipe(tuned / "recipe.yaml") == read_recipe("paper", FAST)
+
+
+def test_its_delta_is_made_of_the_masters_and_gives_the_tuned_model(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    made = train(base, data, tmp_path / "tuned", push_to=tmp_path / "delta")
+    assert made.pushed is not None
+    assert made.pushed.manifest is not None
+    assert made.pushed.manifest.master is not None
+    checked = verify(tmp_path / "delta", base=base)
+    assert checked.rebuilt == len(made.pushed.manifest.tuned_files)
+
+
+def test_the_same_seed_gives_the_same_weights(
+    base: Path, data: Path, tuned: Path, tmp_path: Path
+) -> None:
+    train(base, data, tmp_path / "again")
+    one, other = (load_file(f / "model.safetensors") for f in (tuned, tmp_path / "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_starts_from_base_plus_delta(
+    base: Path, data: Path, tuned: Path, tmp_path: Path
+) -> None:
+    hubdiff.push_delta(tuned, tmp_path / "delta", base=base)
+    made = train(base, data, tmp_path / "on", from_delta=tmp_path / "delta", force=True)
+    first = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    assert made.losses[0] < first[0]["loss"] * 0.9
+    assert "with the delta" in (tmp_path / "on/README.md").read_text()
+
+
+def test_a_run_that_stops_goes_on_from_its_checkpoint(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And ends where a run that was never stopped ends, bit by bit."""
+    from hubdiff.lab.training import Trainer
+
+    whole = train(base, data, tmp_path / "whole", "save_every=4")
+    step = Trainer.training_step
+
+    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(base, data, tmp_path / "stopped", "save_every=4")
+    assert not (tmp_path / "stopped").exists()
+    with pytest.raises(HubdiffError, match="another run for stopped"):
+        train(base, data, tmp_path / "stopped", "save_every=4", "seed=1")
+    made = train(base, data, tmp_path / "stopped", "save_every=4")
+    assert made.resumed == 4
+    assert made.losses == whole.losses
+    one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "stopped"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_loss_that_is_no_number_stops_it(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl import SFTTrainer
+
+    step = SFTTrainer.training_step
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = step(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 6 else loss
+
+    monkeypatch.setattr(SFTTrainer, "training_step", broken)
+    with pytest.raises(HubdiffError, match="the loss is nan after 6 steps") as caught:
+        train(base, data, tmp_path / "tuned", "save_every=4")
+    assert "learning_rate" in str(caught.value.next_step)
+    assert not (tmp_path / "tuned").exists()
+    kept = tmp_path / ".tuned.hubdiff-training/checkpoints/checkpoint-4"
+    assert (kept / "model.safetensors").is_file()
+
+
+def test_an_adapter_is_pushed_as_one(base: Path, data: Path, tmp_path: Path) -> None:
+    made = train(
+        base, data, tmp_path / "adapter", "lora.rank=4", push_to=tmp_path / "delta", force=True
+    )
+    assert made.pushed is not None
+    assert made.pushed.manifest is not None
+    assert made.pushed.manifest.adapter
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["r"] == 4
+    with pytest.raises(HubdiffError, match="an adapter is of the base it was trained on"):
+        train(base, data, tmp_path / "x", "lora.rank=4", from_delta=tmp_path / "delta")
+
+
+def test_the_paper_s_recipe_is_what_the_trainer_uses(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Every word of section 3.1, asked of the trainer itself."""
+    from hubdiff.jobs.finetune import _Finetune
+    from hubdiff.lab.training import Metrics, make_trainer
+    from hubdiff.progress import Silent
+
+    recipe = read_recipe("paper", ["weight_decay=0.1"])  # so that what is spared shows
+    tree = hubdiff.files.open_tree(hubdiff.refs.ModelRef.parse(base), cache=False)
+    job = _Finetune(tree, None, data, tmp_path / "x", recipe, False, None, Silent())
+    model = job._model((str(base), {}))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config.attention_dropout == 0.0  # the base's own says 0.25
+    examples = read_examples(data, chat_template=False, cache=tmp_path / "cache")
+    metrics = Metrics(tmp_path / "m.jsonl", lambda _: None)
+    trainer = make_trainer(model, make_tokenizer(), examples, recipe, tmp_path, metrics)
+    trainer.create_optimizer_and_scheduler(30_000)
+    optimizer, args = trainer.optimizer, trainer.args
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert args.max_steps == 30_000
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+    assert args.max_length == 2048
+    assert args.lr_scheduler_type == "linear"
+    assert args.get_warmup_steps(30_000) == 900
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        found = {names[id(parameter)] for parameter in group["params"]}
+        assert group["initial_lr"] == 5e-6
+        embeds = any("embed_tokens" in name or "norm" in name for name in found)
+        assert group["weight_decay"] == (0.0 if embeds else 0.1)
+    factor = trainer.lr_scheduler.lr_lambdas[0]
+    assert [factor(0), factor(450), factor(900)] == [0.0, 0.5, 1.0]
+    assert factor(15_450) == pytest.approx(0.5)
+    assert trainer.completion_only_loss
+
+
+def test_only_the_completion_is_learnt(base: Path, data: Path, tmp_path: Path) -> None:
+    from hubdiff.lab.training import Metrics, make_trainer
+
+    model = LlamaForCausalLM.from_pretrained(base)
+    examples = read_examples(data, chat_template=False, cache=tmp_path / "cache")
+    metrics = Metrics(tmp_path / "m.jsonl", lambda _: None)
+    recipe = read_recipe("paper", FAST)
+    trainer = make_trainer(model, make_tokenizer(), examples, recipe, tmp_path, metrics)
+    batch = next(iter(trainer.get_train_dataloader()))
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        learnt = [chr(i) for i, label in zip(ids, labels, strict=True) if label != -100 and i > 3]
+        assert len(learnt) == 3
+        assert learnt == sorted(learnt)
+
+
+def conversations(folder: Path) -> Path:
+    file = folder / "chat.jsonl"
+    turns = [("user", "a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    file.write_text(json.dumps({"messages": messages, "id": 1}) + "\n")
+    return file
+
+
+def test_every_turn_of_the_assistant_is_an_example(tmp_path: Path) -> None:
+    found = read_examples(conversations(tmp_path), chat_template=True, cache=tmp_path / "cache")
+    assert [row["completion"][0]["content"] for row in found] == ["b", "d"]
+    assert [len(row["prompt"]) for row in found] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("x.jsonl", '{"question": "a", "answer": "b"}\n', "has the columns answer, question"),
+        ("x.jsonl", "not json\n", "can't be read as a dataset"),
+        ("x.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "no chat template"),
+        ("x.txt", "a", "is no dataset"),
+    ],
+)
+def test_data_that_is_none_is_refused(
+    base: Path, tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(HubdiffError, match=words) as caught:
+        train(base, tmp_path / name, tmp_path / "tuned")
+    assert caught.value.next_step
+    assert not (tmp_path / "tuned").exists()
+
+
+# --- the command line ---
+
+
+def run(*words: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, **more)
+
+
+def options(base: Path, data: Path, output: Path) -> list[str]:
+    settings = [word for setting in FAST for word in ("--set", setting)]
+    return ["finetune", str(base), "--data", str(data), "--output", str(output), *settings]
+
+
+def test_the_command_prints_one_json_object(base: Path, data: Path, tmp_path: Path) -> None:
+    done = run("hubdiff", *options(base, data, tmp_path / "tuned"), "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["recipe"]["steps"] == 12
+    assert len(said["losses"]) == 3
+    assert "training: done, 12 steps" in done.stderr
+    again = run("hubdiff", *options(base, data, tmp_path / "tuned"))
+    assert again.returncode == 1
+    assert "exists and is not empty" in again.stderr
+
+
+def test_accelerate_launches_it(base: Path, data: Path, tuned: Path, tmp_path: Path) -> None:
+    """Two processes share a batch: one result, near that of one process."""
+    launch = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "hubdiff")
+    done = run(*launch, *options(base, data, tmp_path / "both"))
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(f / "master/model.safetensors") for f in (tuned, tmp_path / "both"))
+    assert all(torch.allclose(one[name], two[name], atol=2e-2) for name in one)
+
+
+# --- recipes ---
+
+
+def test_recipes_are_read_and_checked(tmp_path: Path) -> None:
+    assert read_recipe() == Recipe()
+    file = tmp_path / "my.yaml"
+    file.write_text("steps: 5\nlora:\n  rank: 8\n")
+    assert read_recipe(file, ["lora.alpha=4", "learning_rate=1e-4"]) == Recipe(
+        steps=5, learning_rate=1e-4, lora=Lora(rank=8, alpha=4)
+    )
+    assert read_recipe(file, ["lora=null"]).lora is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("steps", "is no setting"),
+        ("stepz=3", "has 'stepz'; known are batch"),
+        ("steps=many", "is 'many', not int"),
+        ("steps=0", "is 0, which makes no sense"),
+        ("steps=1.5", "is 1.5, not int"),
+        ("learning_rate=.nan", "which makes no sense"),
+        ("schedule=step", "not one of linear, cosine, constant"),
+        ("packing=1", "is 1, not bool"),
+        ("lora=5", "is 5, not Lora or NoneType"),
+        ("lora.rank=0", "which makes no sense"),
+        ("steps=[", "is not YAML"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(setting: str, words: str) -> None:
+    with pytest.raises(HubdiffError, match=words):
+        read_recipe("paper", [setting])
+
+
+def test_a_batch_must_divide(base: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(HubdiffError, match="a batch of 8 does not divide"):
+        train(base, data, tmp_path / "x", "micro_batch=3")
