@@ -254,6 +254,27 @@ def test_only_the_completion_is_learnt(base: Path, data: Path, tmp_path: Path) -
         assert learnt == sorted(learnt)
 
 
+def test_packed_examples_do_not_see_each_other(base: Path, data: Path, tmp_path: Path) -> None:
+    """What a row of several examples says of each is what it would say of it alone."""
+    from hubdiff.lab.training import Metrics, make_trainer
+
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    examples = read_examples(data, chat_template=False, cache=tmp_path / "cache")
+    metrics = Metrics(tmp_path / "m.jsonl", lambda _: None)
+    recipe = read_recipe("paper", [*FAST, "packing=true", "micro_batch=1"])
+    trainer = make_trainer(model, make_tokenizer(), examples, recipe, tmp_path, metrics)
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    ids, positions = batch["input_ids"][0], batch["position_ids"][0]
+    starts = [i for i, position in enumerate(positions.tolist()) if position == 0]
+    assert len(starts) > 1
+    del batch["labels"]
+    with torch.inference_mode():
+        packed = model(**batch).logits[0]
+        for begin, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            alone = model(input_ids=ids[begin:end][None]).logits[0]
+            assert torch.allclose(packed[begin:end], alone, atol=1e-5)
+
+
 def conversations(folder: Path) -> Path:
     file = folder / "chat.jsonl"
     turns = [("user", "a?"), ("assistant", "b"), ("user", "c?"), ("assistant", "d")]
