@@ -8,7 +8,7 @@ tests/test_golden_deltas.py``, which never touches one that is there.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -231,7 +231,7 @@ def test_the_same_models_still_give_the_same_bytes(case: str, tmp_path: Path) ->
             assert written == (GOLDEN / case / "delta" / file["path"]).read_bytes()
 
 
-def _write(folder: Path, model: Bits, tokens: list[str], **config: object) -> None:
+def _write(folder: Path, model: Bits, tokens: Sequence[str] = (), **config: object) -> None:
     """A model folder, written without any library that could write it otherwise one day."""
     folder.mkdir(parents=True)
     header, body = {}, b""
