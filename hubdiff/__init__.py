@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hubdiff.delta import open_delta
     from hubdiff.jobs.apply import apply
     from hubdiff.jobs.check import check
+    from hubdiff.jobs.connectivity import connectivity
     from hubdiff.jobs.diff import diff
     from hubdiff.jobs.export import export
     from hubdiff.jobs.finetune import finetune
@@ -40,6 +41,7 @@ __all__ = [
     "alias",
     "apply",
     "check",
+    "connectivity",
     "diff",
     "export",
     "finetune",
@@ -60,6 +62,7 @@ _HOMES = {
     "alias": "hubdiff.jobs.pointers",
     "apply": "hubdiff.jobs.apply",
     "check": "hubdiff.jobs.check",
+    "connectivity": "hubdiff.jobs.connectivity",
     "diff": "hubdiff.jobs.diff",
     "export": "hubdiff.jobs.export",
     "finetune": "hubdiff.jobs.finetune",

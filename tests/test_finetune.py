@@ -13,19 +13,19 @@ import models
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import make_base, write_task
+from transformers import LlamaForCausalLM
 
 import hubdiff
 from hubdiff.errors import HubdiffError
 from hubdiff.jobs.verify import verify
 from hubdiff.lab.examples import read_examples
 from hubdiff.lab.recipe import Lora, Recipe, read_recipe
-from hubdiff.toy_family import LETTERS, make_tokenizer
+from hubdiff.toy_family import make_tokenizer
 
 pytest.importorskip("trl")
 
 FAST = ("steps=12", "batch=8", "micro_batch=4", "length=64", "learning_rate=3e-3", "log_every=4")
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}"
 
 
 @pytest.fixture(autouse=True)
@@ -35,36 +35,12 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A character-level Llama of two layers in bf16, which knows nothing."""
-    folder = tmp_path_factory.mktemp("models") / "base"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        attention_dropout=0.25,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n# base\n")
-    return folder
+    return make_base(tmp_path_factory.mktemp("models") / "base")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    words = [LETTERS[i : i + 3][::-1] for i in range(7)] * 8
-    lines = [{"prompt": f"sort {w} = ", "completion": "".join(sorted(w))} for w in words]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file
+    return write_task(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 def train(base: Path, data: Path, output: Path, *settings: str, **more: Any) -> Any:

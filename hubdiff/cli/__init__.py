@@ -36,6 +36,7 @@ COMMANDS = {
     "tag": "tag",
     "alias": "alias",
     "finetune": "finetune",
+    "connectivity": "connectivity",
     "demo": "demo",
 }
 

@@ -100,7 +100,7 @@ def finetune(
     way again. ``accelerate launch -m hubdiff finetune …`` uses several devices. Needs
     ``pip install "hubdiff[finetune]"``. Raises ``HubdiffError``.
     """
-    _require_extra()
+    require_extra()
     began, progress = time.monotonic(), progress or Silent()
     chosen = read_recipe(recipe, settings)
     if chosen.lora is not None and from_delta is not None:
@@ -141,7 +141,7 @@ def finetune(
     )
 
 
-def _require_extra() -> None:
+def require_extra() -> None:
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
         raise HubdiffError(

@@ -1,4 +1,4 @@
-"""The loss of a fine-tune, step by step, as a picture."""
+"""Losses as pictures: of a fine-tune step by step, and along the line between two models."""
 
 from __future__ import annotations
 
@@ -6,28 +6,54 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, BinaryIO
 
-from hubdiff.picture import INK
+from hubdiff.picture import GRID, INK
 
-_LINE = "#1b6ca8"
+_COLOURS = ("#1b6ca8", "#c8553d")
 
 
 def loss_curve(metrics: Sequence[Mapping[str, Any]], file: str | PathLike[str] | BinaryIO) -> None:
     """Draw ``loss`` over ``step`` as a PNG of 1440 × 720 pixels."""
+    steps = [line["step"] for line in metrics]
+    curves = {"loss": [line["loss"] for line in metrics]}
+    _draw(steps, curves, file, "Training loss", "step")
+
+
+def line_curves(
+    points: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
+    file: str | PathLike[str] | BinaryIO,
+) -> None:
+    """Draw the losses of one line or two over its points, from 0 to 1, likewise."""
+    _draw(
+        points, curves, file, "Loss on the line between two models", "from base (0) to target (1)"
+    )
+
+
+def _draw(
+    x: Sequence[float],
+    curves: Mapping[str, Sequence[float]],
+    file: str | PathLike[str] | BinaryIO,
+    title: str,
+    label: str,
+) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), dpi=160, facecolor="white", layout="constrained")
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor="white")
-    steps = [line["step"] for line in metrics]
-    losses = [line["loss"] for line in metrics]
-    axes.plot(steps, losses, color=_LINE, linewidth=1.6, marker="o" if len(steps) < 20 else None)
-    axes.set_xlabel("step", color=INK)
-    axes.set_ylabel("loss", color=INK)
+    for (name, y), colour in zip(curves.items(), _COLOURS, strict=False):
+        marker = "o" if len(x) < 30 else None
+        axes.plot(x, y, color=colour, linewidth=1.6, marker=marker, markersize=4, label=name)
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+    axes.set_xlabel(label, color=INK, fontsize=10)
+    axes.set_ylabel("loss", color=INK, fontsize=10)
     axes.set_ylim(bottom=0)
-    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set_title("Training loss", color=INK, fontsize=12, loc="left")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    canvas.print_png(file)
+    axes.set_title(title, color=INK, fontsize=12, loc="left", parse_math=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(colors=INK, labelsize=9, length=0, which="both")
+    canvas.print_png(file, metadata={"Software": None})  # no version: the same bytes
