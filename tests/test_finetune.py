@@ -66,6 +66,7 @@ def test_the_result_is_the_base_but_for_its_weights(base: Path, tuned: Path) -> 
     }
     assert any(not torch.equal(new[name], old[name]) for name in old)
     assert {path.name for path in tuned.parent.iterdir()} == {"tuned"}
+    assert len({path.stat().st_mode for path in tuned.rglob("*") if path.is_file()}) == 1
 
 
 def test_the_masters_are_the_weights_as_they_were_trained(tuned: Path) -> None:

@@ -93,8 +93,8 @@ class Lines(Notes):
             left = (self._total - self._done) / rate if rate else 0
             share = 100 * self._done / self._total if self._total else 100
             self._print(
-                f"{self._what}: {share:.0f} %, {_many(self._done, self._unit)} of "
-                f"{_many(self._total, self._unit)}, {_rate(rate, self._unit)}, {left:.0f} s left"
+                f"{self._what}: {share:.0f} %, {_part(self._done, self._total, self._unit)}, "
+                f"{_rate(rate, self._unit)}, {left:.0f} s left"
             )
 
     def finish(self) -> None:
@@ -167,7 +167,11 @@ def _amount(task: Any) -> str:
     rate = f", {_rate(task.speed, unit)}" if task.speed else ""
     left = task.time_remaining
     eta = f", {_clock(left)} left" if left is not None else ""
-    return f"{_many(task.completed, unit)} of {_many(task.total, unit)}{rate}{eta}"
+    return f"{_part(task.completed, task.total, unit)}{rate}{eta}"
+
+
+def _part(done: float, total: float, unit: str) -> str:
+    return f"{f'{done:,.0f}' if unit else size_text(done)} of {_many(total, unit)}"
 
 
 def _many(count: float, unit: str) -> str:

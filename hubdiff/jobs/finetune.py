@@ -353,6 +353,9 @@ class _Finetune:
         }
         card = tuned_card(record, name=self._place.name, base_card=facts(self._base).card_data)
         (result / CARD).write_text(card, encoding="utf-8")
+        for file in result.rglob("*"):
+            if file.is_file():  # safetensors writes files that only their owner may read
+                shutil.copymode(result / CARD, file)
 
 
 def _again(tree: FileTree) -> str | Path:
