@@ -83,23 +83,37 @@ def check_rows(here: World, result: v.Tensors, output: Path) -> None:
     old_names = {token: named[row] for token, row in new.items() if row in named}
     gone = {old for token, old in old_names.items() if token not in tokens["target"]}
     assert set(found) == {*(set(tokens["target"]) - gone), *new}
+    # Rows of the result, each with the row of the model that it is told by.
+    left: list[tuple[int, int]] = []
+    moved: list[tuple[int, int]] = []
+    own: list[tuple[int, int]] = []
+    for token, row in found.items():
+        mine, theirs = tokens["tuned"].get(token), tokens["target"].get(token)
+        if theirs is not None:
+            assert row == theirs
+        if mine is None:
+            left.append((row, row))
+        elif tokens["base"].get(token, mine) == mine < cut and (
+            theirs is not None or token in old_names
+        ):
+            assert row == (tokens["target"][old_names[token]] if theirs is None else theirs)
+            moved.append((row, mine))
+        else:
+            own.append((row, mine))
     for name in (v.EMBED, v.HEAD):
         assert len(result[name]) > max(found.values())
-        for token, row in found.items():
-            mine, theirs = tokens["tuned"].get(token), tokens["target"].get(token)
-            if theirs is not None:
-                assert row == theirs
-            if mine is None:
-                wanted = target[name][theirs]
-            elif tokens["base"].get(token, mine) == mine < cut and (
-                theirs is not None or token in old_names
-            ):
-                row_there = tokens["target"][old_names[token]] if theirs is None else theirs
-                assert row == row_there
-                wanted = v.exact(target[name][row], tuned[name][mine], base[name][mine])
-            else:
-                wanted = tuned[name][mine]
-            assert torch.equal(result[name][row], wanted), (name, token)
+        for pairs, wanted in (
+            (left, lambda rows, _, name=name: target[name][rows]),
+            (own, lambda _, mine, name=name: tuned[name][mine]),
+            (
+                moved,
+                lambda rows, mine, name=name: v.exact(
+                    target[name][rows], tuned[name][mine], base[name][mine]
+                ),
+            ),
+        ):
+            rows, mine = ([pair[side] for pair in pairs] for side in (0, 1))
+            assert torch.equal(result[name][rows], wanted(rows, mine)), name
     assert v.config(output)["vocab_size"] == len(result[v.EMBED]) == len(result[v.HEAD])
 
 
