@@ -4,6 +4,7 @@ is a base's tune to the bit, and a run that stops loses nothing."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_llama import make_base, write_task
 from transformers import LlamaForCausalLM
 
@@ -158,7 +159,7 @@ def test_a_loss_that_is_no_number_stops_it(
         return loss * float("nan") if self.state.global_step == 6 else loss
 
     monkeypatch.setattr(SFTTrainer, "training_step", broken)
-    with pytest.raises(HubdiffError, match="the loss is nan after 6 steps") as caught:
+    with pytest.raises(HubdiffError, match="the loss is no number after 6 steps") as caught:
         train(base, data, tmp_path / "tuned", "save_every=4")
     assert "learning_rate" in str(caught.value.next_step)
     assert not (tmp_path / "tuned").exists()
@@ -273,6 +274,11 @@ def test_every_turn_of_the_assistant_is_an_example(tmp_path: Path) -> None:
         ("x.jsonl", "not json\n", "can't be read as a dataset"),
         ("x.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', "no chat template"),
         ("x.txt", "a", "is no dataset"),
+        ("x.jsonl", "", "can't be read as a dataset|holds no example"),
+        ("x.jsonl", '{"prompt": "a", "completion": null}\n', "neither text nor messages"),
+        ("x.jsonl", '{"text": 3}\n', "neither text nor messages"),
+        ("x.jsonl", '{"messages": ["a"]}\n', "neither text nor messages"),
+        ("x.csv", "prompt,completion\na,5\n", "neither text nor messages"),
     ],
 )
 def test_data_that_is_none_is_refused(
@@ -310,13 +316,154 @@ def test_the_command_prints_one_json_object(base: Path, data: Path, tmp_path: Pa
     assert "exists and is not empty" in again.stderr
 
 
-def test_accelerate_launches_it(base: Path, data: Path, tuned: Path, tmp_path: Path) -> None:
-    """Two processes share a batch: one result, near that of one process."""
-    launch = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "hubdiff")
-    done = run(*launch, *options(base, data, tmp_path / "both"))
+def test_two_processes_share_a_batch(base: Path, data: Path, tuned: Path, tmp_path: Path) -> None:
+    """One result, near that of one process, and one voice."""
+    launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "hubdiff")
+    done = run(*launch, *options(base, data, tmp_path / "both"), "--json")
     assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["losses"]) == 3
     one, two = (load_file(f / "master/model.safetensors") for f in (tuned, tmp_path / "both"))
-    assert all(torch.allclose(one[name], two[name], atol=2e-2) for name in one)
+    # The same examples in every step: what differs is the order of sums.
+    assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
+
+
+# --- what a review found ---
+
+
+def copied(base: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(base, folder))
+
+
+def test_code_that_comes_with_a_base_is_never_run(base: Path, data: Path, tmp_path: Path) -> None:
+    """Nor asked about, which would be on stdout."""
+    strange = copied(base, tmp_path / "strange")
+    (strange / "tok.py").write_text("open('ran', 'w')\nclass Tok: pass\n")
+    config = json.loads((strange / "tokenizer_config.json").read_text())
+    config |= {"auto_map": {"AutoTokenizer": ["tok.Tok", None]}, "tokenizer_class": "Tok"}
+    (strange / "tokenizer_config.json").write_text(json.dumps(config))
+    (strange / "tokenizer.json").unlink()
+    line = options(strange, data, tmp_path / "tuned")
+    done = run("hubdiff", *line, "--json", cwd=tmp_path, input="y\ny\n")
+    assert done.returncode == 1
+    assert "tokenizer" in json.loads(done.stdout)["error"]["message"]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_base_that_lacks_weights_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    """They would have been drawn at random."""
+    holed = copied(base, tmp_path / "holed")
+    weights = load_file(holed / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, holed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HubdiffError, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight"):
+        train(holed, data, tmp_path / "tuned")
+    with pytest.raises(HubdiffError, match="lacks"):
+        hubdiff.connectivity(holed, holed, data=data, points=2)
+
+
+def test_a_start_from_a_delta_keeps_what_the_dtype_would_round_away(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    weights = load_file(base / "model.safetensors")
+    master = {name: tensor.float() * (1 + 2**-12) for name, tensor in weights.items()}
+    for name, tensors in (("master", master), ("same", weights)):
+        folder = copied(base, tmp_path / name)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    hubdiff.push_delta(
+        tmp_path / "same", tmp_path / "delta", base=base, tuned_master=tmp_path / "master"
+    )
+    train(base, data, tmp_path / "on", "learning_rate=1e-12", "steps=1",
+          from_delta=tmp_path / "delta", force=True)  # fmt: skip
+    found = load_file(tmp_path / "on/master/model.safetensors")
+    assert all(torch.allclose(found[name], master[name], rtol=1e-4) for name in master)
+    assert not all(torch.equal(found[name], weights[name].float()) for name in weights)
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_gone_on_from(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hubdiff.lab.training import Trainer
+
+    def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    step = Trainer.training_step
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(base, data, tmp_path / "x", "save_every=2")
+    newest = tmp_path / ".x.hubdiff-training/checkpoints/checkpoint-6"
+    (newest / "trainer_state.json").unlink()
+    assert train(base, data, tmp_path / "x", "save_every=2").resumed == 4
+
+
+def test_weights_that_are_no_numbers_are_not_kept(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss may be fine while a gradient is not."""
+    from trl import SFTTrainer
+
+    step = SFTTrainer.training_step
+
+    def broken(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = step(self, model, *args, **kwargs)
+        if self.state.global_step == 11:
+            next(model.parameters()).grad.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(SFTTrainer, "training_step", broken)
+    with pytest.raises(HubdiffError, match="a weight is no number after 12 steps"):
+        train(base, data, tmp_path / "tuned", "save_every=4")
+    checkpoints = tmp_path / ".tuned.hubdiff-training/checkpoints"
+    kept = {path.name for path in checkpoints.glob("checkpoint-*")}
+    assert kept == {"checkpoint-4", "checkpoint-8"}
+
+
+def test_what_the_run_reads_is_not_overwritten(base: Path, data: Path, tmp_path: Path) -> None:
+    mine = copied(base, tmp_path / "base")
+    with pytest.raises(HubdiffError, match="lies in"):
+        train(mine, data, mine / "tuned")
+    output = copied(base, tmp_path / "tuned")
+    shutil.copyfile(data, output / "train.jsonl")
+    with pytest.raises(HubdiffError, match="which this command reads"):
+        train(mine, output / "train.jsonl", output, force=True)
+    (tmp_path / "delta").mkdir()
+    (tmp_path / "delta/x").write_text("mine")
+    with pytest.raises(HubdiffError, match="exists and is not empty"):
+        train(mine, data, tmp_path / "new", push_to=tmp_path / "delta")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_corrected_command_is_not_held_up_by_the_wrong_one(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"question": "a"}\n')
+    for setting, source in (("seed=1", tmp_path / "bad.jsonl"), ("length=8", data)):
+        with pytest.raises(HubdiffError):
+            train(base, source, tmp_path / "tuned", setting)
+    train(base, data, tmp_path / "tuned")
+
+
+def test_examples_that_teach_nothing_are_left_out(base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "x" * 80, "completion": "y"}, {"prompt": "sort ba = ", "completion": "ab"}]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows * 8))
+    assert train(base, file, tmp_path / "tuned").examples == 8
+
+
+def test_one_buffer_in_float32_makes_no_float32_model(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    old = copied(base, tmp_path / "old")
+    weights = load_file(old / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(weights, old / "model.safetensors", metadata={"format": "pt"})
+    train(old, data, tmp_path / "tuned")
+    found = load_file(tmp_path / "tuned/model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert (tmp_path / "tuned/master").is_dir()
 
 
 # --- recipes ---
@@ -346,6 +493,11 @@ def test_recipes_are_read_and_checked(tmp_path: Path) -> None:
         ("lora=5", "is 5, not Lora or NoneType"),
         ("lora.rank=0", "which makes no sense"),
         ("steps=[", "is not YAML"),
+        ("steps=2020-99-99", "is not YAML"),
+        ("seed=4294967296", "which makes no sense"),
+        ("weight_decay=.nan", "which makes no sense"),
+        ("lora.dropout=2", "which makes no sense"),
+        ("lora.alpha=0", "which makes no sense"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(setting: str, words: str) -> None:

@@ -85,10 +85,14 @@ def _draw(page: Page, found: Connectivity, plot: str | None) -> None:
     page.table(
         ["at", *(line.name for line in found.lines)],
         [
-            (f"{t:.2f}", *(f"{line.losses[number]:.4f}" for line in found.lines))
+            (f"{t:.2f}", *(_number(line.losses[number]) for line in found.lines))
             for number, t in enumerate(found.points)
         ],
     )
     page.line()
-    page.fields([(f"barrier, {line.name}", f"{line.barrier:.4f}") for line in found.lines])
+    page.fields([(f"barrier, {line.name}", _number(line.barrier)) for line in found.lines])
     page.fields([("picture", plot)])
+
+
+def _number(value: float | None) -> str:
+    return "no number" if value is None else f"{value:.4f}"

@@ -71,8 +71,8 @@ def command(session: Session, base: str, **options: Any) -> None:
     from hubdiff.jobs.finetune import finetune
 
     stopped = (
-        f"Stopped. {options['output']} is as it was; run the same command again to go on from the "
-        "last checkpoint."
+        f"Stopped. {options['output']} is as it was, or the tuned model if training was over; else "
+        "run the same command again to go on from the last checkpoint."
     )
     with session.working_launched(if_stopped=stopped) as progress:
         made = finetune(base, **options, command=session.command, progress=progress)

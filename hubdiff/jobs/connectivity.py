@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,8 +15,8 @@ from hubdiff.checkpoint import open_checkpoint
 from hubdiff.delta import open_delta_tree
 from hubdiff.errors import HubdiffError
 from hubdiff.files import FileTree, open_tree
-from hubdiff.jobs.finetune import require_extra
-from hubdiff.jobs.load import model_class, usable_config
+from hubdiff.jobs.finetune import require_all, require_extra, usable
+from hubdiff.jobs.load import model_class
 from hubdiff.jobs.merging import choose_device
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
@@ -31,14 +33,17 @@ BASES, TUNED = "base to target", "tuned to result"
 @dataclass(frozen=True)
 class Losses:
     """One line: its ``losses`` at the points, and its ``barrier``, how far the loss rises above the
-    straight line between those of its ends (0 where it never does)."""
+    straight line between those of its ends (0 where it never does). None: no number."""
 
     name: str
-    losses: tuple[float, ...]
-    barrier: float
+    losses: tuple[float | None, ...]
+    barrier: float | None
 
     @classmethod
     def of(cls, name: str, points: Sequence[float], losses: Sequence[float]) -> Losses:
+        if not all(map(math.isfinite, losses)):
+            known = tuple(loss if math.isfinite(loss) else None for loss in losses)
+            return cls(name, known, None)
         first, last = losses[0], losses[-1]
         above = (loss - (1 - t) * first - t * last for t, loss in zip(points, losses, strict=True))
         return cls(name, tuple(losses), max(0.0, *above))
@@ -122,6 +127,7 @@ def connectivity(
             losses = []
             for t in steps:
                 losses.append(_loss(line, t, small, examples, batch, where))
+                gc.collect()  # a model is full of cycles: two of them would be in memory
                 progress.advance(1)
             found.append(Losses.of(name, steps, losses))
         progress.finish()
@@ -158,11 +164,14 @@ def _examples(data: str | Path, folder: Path, limit: int, length: int) -> list[T
     from hubdiff.lab.training import quiet
 
     with quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with usable("the base's tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         has_template = bool(tokenizer.chat_template)
         rows = read_examples(data, chat_template=has_template, cache=folder / "data")
-        found = tokenized(rows.select(range(min(limit, len(rows)))), tokenizer, length)
-    if not any(len(ids) > start for ids, start in found):
+        with usable("the data with the base's tokenizer"):
+            found = tokenized(rows.select(range(min(limit, len(rows)))), tokenizer, length)
+    found = [(ids, start) for ids, start in found if len(ids) > start]
+    if not found:
         raise HubdiffError(
             f"no token of {data} counts: within {length} tokens there are prompts only",
             next_step="Give a larger --length, or other examples.",
@@ -178,8 +187,20 @@ def _loss(
     from hubdiff.lab.loss import mean_loss
     from hubdiff.lab.training import quiet
 
-    with quiet(), usable_config():
-        model = model_class(folder).from_pretrained(
-            None, config=folder, state_dict=line.at(t), dtype=torch.float32
-        )
+    with quiet():
+        with usable("the base"):
+            model, loading = model_class(folder).from_pretrained(
+                None,
+                config=folder,
+                state_dict=line.at(t),
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        require_all(loading, str(line.first.tree.pin))
+        rows = model.get_input_embeddings().num_embeddings
+        if any(max(ids) >= rows for ids, _ in examples):
+            raise HubdiffError(
+                f"the tokenizer of {line.first.tree.pin} has more tokens than its embedding rows",
+                next_step="Resize the model first (model.resize_token_embeddings).",
+            )
         return mean_loss(model.to(device).eval(), examples, batch)

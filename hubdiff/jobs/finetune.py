@@ -7,8 +7,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from hubdiff.card import tuned_card
 from hubdiff.checkpoint import open_checkpoint
-from hubdiff.errors import HubdiffError
+from hubdiff.delta import open_delta_tree
+from hubdiff.errors import CannotApply, CheckpointError, HubdiffError
 from hubdiff.facts import facts
 from hubdiff.files import FileTree, open_tree
 from hubdiff.hashing import hash_reader
 from hubdiff.jobs.apply import apply
+from hubdiff.jobs.load import model_class
 from hubdiff.jobs.push import Pushed, push_delta
 from hubdiff.lab.recipe import PAPER, Recipe, read_recipe
 from hubdiff.progress import Progress, Silent
@@ -29,6 +32,8 @@ from hubdiff.sidecars import Carried, classify
 from hubdiff.writer import disk_errors, only_run, output_folder, refuse_place
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from hubdiff.lab.training import Trainer
 
 EXTRA = ("trl", "datasets", "accelerate", "peft")
@@ -114,8 +119,7 @@ def finetune(
     place = place.absolute()
     tree = open_tree(ModelRef.parse(base), cache=False)
     delta = open_tree(ModelRef.parse(from_delta), cache=False) if from_delta is not None else None
-    reads = [t.pin.path for t in (tree, delta) if t is not None and t.pin.path is not None]
-    refuse_place(place, reads, force=force)
+    _refuse_output(place, (tree, delta), (data, recipe), push_to, force)
     with only_run(place) if _first() else nullcontext():
         from hubdiff.lab.training import quiet
 
@@ -124,10 +128,22 @@ def finetune(
             losses, examples, resumed = job.run()
     pushed = None
     if push_to is not None and _first():
-        master = place / MASTER if (place / MASTER).is_dir() else None
-        pushed = push_delta(
-            place, push_to, base=base, tuned_master=master, private=private, progress=progress
-        )
+        master = place / MASTER if job.has_master else None
+        try:
+            pushed = push_delta(
+                place,
+                push_to,
+                base=_again(tree),
+                tuned_master=master,
+                private=private,
+                progress=progress,
+            )
+        except HubdiffError as error:
+            words = f" --tuned-master {output}/{MASTER}" if master else ""
+            raise HubdiffError(
+                f"the tuned model is in {output}; its delta was not pushed: {error}",
+                next_step=f"hubdiff push-delta {output} {push_to} --base {base}{words}",
+            ) from error
     return Finetuned(
         str(output),
         str(tree.pin),
@@ -139,6 +155,37 @@ def finetune(
         time.monotonic() - began,
         pushed,
     )
+
+
+def _refuse_output(
+    place: Path,
+    trees: Sequence[FileTree | None],
+    files: Sequence[str | Path],
+    push_to: str | Path | None,
+    force: bool,
+) -> None:
+    """Before anything is trained: what would stop it from being kept, or what it would destroy."""
+    folders = [tree.pin.path for tree in trees if tree is not None and tree.pin.path is not None]
+    refuse_place(place, [*folders, *(Path(f) for f in files if Path(f).exists())], force=force)
+    inside = next((f for f in folders if f.resolve() in place.resolve().parents), None)
+    if inside is not None:
+        raise HubdiffError(
+            f"{place} lies in {inside}, which this command reads",
+            next_step="Choose another place for the tuned model.",
+        )
+    if push_to is None:
+        return
+    destination = ModelRef.parse(push_to)
+    if destination.path is None:
+        from hubdiff.hub import require_token
+
+        require_token()
+    elif destination.path.absolute() == place:
+        raise HubdiffError(
+            f"{push_to} is where the tuned model goes", next_step="Give the delta another place."
+        )
+    else:
+        refuse_place(destination.path.absolute(), folders, force=False)
 
 
 def require_extra() -> None:
@@ -153,6 +200,36 @@ def require_extra() -> None:
 def _first() -> bool:
     """Whether this is the process that writes, of those that accelerate started."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+@contextmanager
+def usable(what: str) -> Iterator[None]:
+    """Say in words what the libraries raise for files that they can't use: ``CheckpointError``."""
+    from hubdiff.hub import BadConfigValue
+
+    unusable = (ValueError, OSError, TypeError, AttributeError, LookupError, ImportError)
+    numbers = (ArithmeticError, AssertionError, RuntimeError, BadConfigValue)
+    try:
+        yield
+    except (*unusable, *numbers) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise CheckpointError(
+            f"{what} can't be used: {type(error).__name__}: {error}",
+            next_step="Try it with transformers alone (from_pretrained); hubdiff never runs code "
+            "that comes with a model.",
+        ) from error
+
+
+def require_all(loading: Mapping[str, Any], where: str) -> None:
+    """Raise where a model lacks weights: they would have been drawn at random."""
+    missing = [*loading.get("missing_keys", ()), *loading.get("mismatched_keys", ())]
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks {missing[0]}"
+            + (f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""),
+            next_step="Give a model with a head for language modelling, whole.",
+        )
 
 
 class _Finetune:
@@ -172,37 +249,49 @@ class _Finetune:
         self._base, self._delta, self._data, self._place = base, delta, data, place
         self._recipe, self._force, self._command = recipe, force, command
         self._progress = progress
+        self.has_master = False
         self._work = place.parent / f".{place.name}.hubdiff-training"
 
     def run(self) -> tuple[tuple[float, ...], int, int]:
         """The losses, the number of examples, and the step that it went on from."""
+        import torch
         from accelerate import PartialState
         from transformers import AutoTokenizer
-        from transformers.trainer_utils import get_last_checkpoint
 
-        from hubdiff.lab.examples import read_examples
-        from hubdiff.lab.training import Metrics, make_trainer, read_metrics
+        from hubdiff.lab.training import (
+            Metrics,
+            last_checkpoint,
+            make_trainer,
+            ranks,
+            read_metrics,
+            settings,
+        )
 
-        processes = PartialState()
+        checkpoints = self._work / "checkpoints"
+        settings(self._recipe, checkpoints, ranks())  # refused before anything is made
+        processes = PartialState(cpu=not torch.cuda.is_available())
         with processes.main_process_first():
             if processes.is_main_process:
                 self._begin()
         where = self._start()
-        tokenizer = AutoTokenizer.from_pretrained(*where[:1], **where[1])
-        examples = read_examples(
-            self._data, chat_template=bool(tokenizer.chat_template), cache=self._work / "data"
-        )
-        checkpoints = self._work / "checkpoints"
-        last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        resumed = int(last.rpartition("-")[2]) if last else 0
+        with usable("the base's tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(where[0], trust_remote_code=False, **where[1])
+        with processes.main_process_first():
+            examples = self._examples(tokenizer)
+            last = last_checkpoint(checkpoints)
+        resumed = int(last.name.partition("-")[2]) if last else 0
         if last:
             self._progress.note(f"going on from step {resumed:,}")
         model = self._model(where)
         self._progress.start("training", self._recipe.steps, "steps")
         metrics = Metrics(self._work / METRICS, self._progress.advance)
         with _memory_advice(model, self._recipe):
-            trainer = make_trainer(model, tokenizer, examples, self._recipe, checkpoints, metrics)
-            trainer.train(resume_from_checkpoint=last)
+            with usable("the data with the base's tokenizer"):
+                trainer = make_trainer(
+                    model, tokenizer, examples, self._recipe, checkpoints, metrics
+                )
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        trainer.require_numbers()
         self._progress.finish()
         self._save(trainer, len(examples), read_metrics(self._work / METRICS))
         logged = read_metrics(self._place / METRICS) if _first() else []
@@ -219,12 +308,16 @@ class _Finetune:
         file = self._work / _RUN
         with disk_errors(self._work):
             if self._work.is_dir() and not _same_run(file, run):
-                raise HubdiffError(
-                    f"{self._work} holds the training of another run for {self._place.name}",
-                    next_step="Run that one again to finish it, or delete the folder.",
-                )
+                if any(self._work.glob("checkpoints/checkpoint-*")) and not self._force:
+                    raise HubdiffError(
+                        f"{self._work} holds the training of another run for {self._place.name}",
+                        next_step="Run that one again to finish it, or drop it with --force.",
+                    )
+                shutil.rmtree(self._work)
             self._work.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+            whole = file.with_suffix(".part")
+            whole.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+            whole.replace(file)
         if self._delta is not None and not (self._work / "start").is_dir():
             pins = (
                 pin.path or f"{pin.repo}@{pin.commit}" for pin in (self._delta.pin, self._base.pin)
@@ -237,6 +330,28 @@ class _Finetune:
                 force=self._force,
                 progress=self._progress,
             )
+
+    def _examples(self, tokenizer: Any) -> Dataset:
+        """Those that teach something within the length."""
+        from hubdiff.lab.examples import read_examples
+        from hubdiff.lab.loss import tokenized
+
+        found = read_examples(
+            self._data, chat_template=bool(tokenizer.chat_template), cache=self._work / "data"
+        )
+        with usable("the data with the base's tokenizer"):
+            tokens = tokenized(found, tokenizer, self._recipe.length)
+        kept = [number for number, (ids, start) in enumerate(tokens) if len(ids) > start]
+        if not kept:
+            raise HubdiffError(
+                f"no example of {self._data} has anything to learn within {self._recipe.length} "
+                "tokens: the prompts fill them",
+                next_step="Set a larger length.",
+            )
+        if len(kept) < len(found):
+            gone = len(found) - len(kept)
+            self._progress.note(f"{gone:,} examples are left out: their prompts fill the length")
+        return found.select(kept)
 
     def _data_identity(self) -> str:
         path = Path(self._data)
@@ -260,16 +375,49 @@ class _Finetune:
     def _model(self, where: tuple[str, dict[str, Any]]) -> Any:
         """The model, in float32, or as it is under an adapter, with the recipe's dropout."""
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-        config = AutoConfig.from_pretrained(where[0], trust_remote_code=False, **where[1])
+        with usable("the base's config"):
+            config = AutoConfig.from_pretrained(where[0], trust_remote_code=False, **where[1])
         for name, value in vars(config).items():
             if isinstance(value, float) and name.endswith(("dropout", "pdrop", "dropout_prob")):
                 setattr(config, name, self._recipe.dropout)
-        dtype = torch.float32 if self._recipe.lora is None else "auto"
-        return AutoModelForCausalLM.from_pretrained(
-            where[0], config=config, dtype=dtype, trust_remote_code=False, **where[1]
-        )
+        config.dtype = torch.float32 if self._recipe.lora is None else config.dtype
+        options: dict[str, Any] = {
+            "config": config,
+            "dtype": config.dtype,
+            "trust_remote_code": False,
+            "output_loading_info": True,
+        }
+        state = self._sum() if self._delta is not None else None
+        with usable("the base"):
+            if state is None:
+                known: Any = AutoModelForCausalLM
+                model, loading = known.from_pretrained(where[0], **options, **where[1])
+            else:
+                known = model_class(Path(where[0]))
+                model, loading = known.from_pretrained(None, state_dict=state, **options)
+        require_all(loading, where[0])
+        for name in loading.get("unexpected_keys", ()):
+            self._progress.note(f"{name} of the base is no part of the model, and is left out")
+        # The base's own file is carried over; one that contradicts itself could not be saved.
+        model.generation_config = GenerationConfig()
+        return model
+
+    def _sum(self) -> dict[str, Any] | None:
+        """Base + Δ in float32: the base's dtype would round much of a small Δ away. None where rows
+        are aligned or tensors added, which the model that was made for the start has."""
+        from hubdiff.lab.line import Line
+
+        assert self._delta is not None
+        with (
+            open_checkpoint(self._base) as base,
+            open_delta_tree(self._delta) as delta,
+        ):
+            try:
+                return Line.between(base, base, delta).at(0.0)
+            except CannotApply:
+                return None
 
     def _save(self, trainer: Trainer, examples: int, metrics: list[dict[str, Any]]) -> None:
         """The result, which takes its place when all of it is there."""
@@ -286,7 +434,7 @@ class _Finetune:
                 self._save_adapter(trainer, result)
             self._describe(result, examples, metrics)
             if self._place.exists():
-                shutil.rmtree(self._place)
+                self._place.rename(self._work / "replaced")
             result.rename(self._place)
             shutil.rmtree(self._work, ignore_errors=True)
 
@@ -298,14 +446,16 @@ class _Finetune:
         start = self._work / "start"
         tree = open_tree(ModelRef.parse(start), cache=False) if self._delta else self._base
         with open_checkpoint(tree) as checkpoint:
-            dtypes = {placed.entry.dtype for placed in checkpoint.tensors.values()}
+            sizes: Counter[str] = Counter()
+            for placed in checkpoint.tensors.values():
+                sizes[placed.entry.dtype] += placed.entry.nbytes
             shards = checkpoint.shards
-        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(
-            next(iter(dtypes)) if len(dtypes) == 1 else "", torch.float32
-        )
+        (most, _), *_ = sizes.most_common(1)  # a buffer in float32 makes no float32 model
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16}.get(most, torch.float32)
         model = trainer.accelerator.unwrap_model(trainer.model)
         if dtype != torch.float32:
             model.save_pretrained(result / MASTER, state_dict=state)
+            self.has_master = True
             state = {
                 name: tensor.to(dtype) if tensor.is_floating_point() else tensor
                 for name, tensor in state.items()
@@ -313,7 +463,8 @@ class _Finetune:
         model.save_pretrained(result, state_dict=state)
         for path, info in tree.files().items():
             side = path not in shards and not path.endswith(".safetensors.index.json")
-            if side and path != CARD and isinstance(classify(path, info.size, shards), Carried):
+            ours = path in (CARD, METRICS, CURVE, RECIPE)  # of the fine-tune that the base is
+            if side and not ours and isinstance(classify(path, info.size, shards), Carried):
                 (result / path).parent.mkdir(parents=True, exist_ok=True)
                 (result / path).write_bytes(tree.read_bytes(path))
 
@@ -322,7 +473,7 @@ class _Finetune:
         file = result / "adapter_config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         pin = self._base.pin
-        config["base_model_name_or_path"] = pin.repo or str(pin.path)
+        config["base_model_name_or_path"] = _side(self._base)["name"]
         config["revision"] = pin.commit
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (result / "training_args.bin").unlink(missing_ok=True)
@@ -349,7 +500,7 @@ class _Finetune:
             "losses": losses,
             "picture": CURVE,
             "command": list(self._command) if self._command else None,
-            "master": (result / MASTER).is_dir(),
+            "master": self.has_master,
         }
         card = tuned_card(record, name=self._place.name, base_card=facts(self._base).card_data)
         (result / CARD).write_text(card, encoding="utf-8")

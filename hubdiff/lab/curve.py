@@ -20,7 +20,7 @@ def loss_curve(metrics: Sequence[Mapping[str, Any]], file: str | PathLike[str] |
 
 def line_curves(
     points: Sequence[float],
-    curves: Mapping[str, Sequence[float]],
+    curves: Mapping[str, Sequence[float | None]],
     file: str | PathLike[str] | BinaryIO,
 ) -> None:
     """Draw the losses of one line or two over its points, from 0 to 1, likewise."""
@@ -31,7 +31,7 @@ def line_curves(
 
 def _draw(
     x: Sequence[float],
-    curves: Mapping[str, Sequence[float]],
+    curves: Mapping[str, Sequence[float | None]],
     file: str | PathLike[str] | BinaryIO,
     title: str,
     label: str,
@@ -44,7 +44,8 @@ def _draw(
     axes = figure.add_subplot(facecolor="white")
     for (name, y), colour in zip(curves.items(), _COLOURS, strict=False):
         marker = "o" if len(x) < 30 else None
-        axes.plot(x, y, color=colour, linewidth=1.6, marker=marker, markersize=4, label=name)
+        heights = [float("nan") if value is None else value for value in y]
+        axes.plot(x, heights, color=colour, linewidth=1.6, marker=marker, markersize=4, label=name)
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)
     axes.set_xlabel(label, color=INK, fontsize=10)

@@ -25,16 +25,14 @@ def read_examples(source: str | Path, *, chat_template: bool, cache: Path) -> Da
     read is kept. Raises ``HubdiffError``."""
     dataset = _load(str(source), str(cache))
     columns = set(dataset.column_names)
-    if {"prompt", "completion"} <= columns:
-        kept = dataset.select_columns(["prompt", "completion"])
-        if isinstance(kept[0]["prompt"], list):
+    for shape in (["prompt", "completion"], ["messages"], ["text"]):
+        if not set(shape) <= columns:
+            continue
+        kept = dataset.select_columns(shape)
+        found = {_check(row, f"example {number} of {source}") for number, row in enumerate(kept, 1)}
+        if True in found:
             _require_template(source, chat_template)
-        return kept
-    if "messages" in columns:
-        _require_template(source, chat_template)
-        return _turns(dataset.select_columns(["messages"]), source)
-    if "text" in columns:
-        return dataset.select_columns(["text"])
+        return _turns(kept, source) if shape == ["messages"] else kept
     raise HubdiffError(
         f"{source} has the columns {', '.join(sorted(columns))}; wanted are {_SHAPES}",
         next_step="Rename its columns; datasets.Dataset.rename_column does it.",
@@ -47,8 +45,8 @@ def _load(source: str, cache: str) -> Dataset:
 
     path = Path(source)
     try:
-        if path.suffix in _FILES and path.is_file():
-            kind = _FILES[path.suffix]
+        if path.suffix.lower() in _FILES and path.is_file():
+            kind = _FILES[path.suffix.lower()]
             dataset = load_dataset(kind, data_files=str(path), split="train", cache_dir=cache)
         elif path.exists() or source.count("/") != 1:
             raise HubdiffError(
@@ -60,14 +58,37 @@ def _load(source: str, cache: str) -> Dataset:
             dataset = load_dataset(name, split=split or "train", cache_dir=cache)
     except HubdiffError:
         raise
-    except (OSError, ValueError, DatasetsError, RuntimeError) as error:
+    except (OSError, ValueError, DatasetsError, RuntimeError, StopIteration) as error:
         raise HubdiffError(
-            f"{source} can't be read as a dataset: {error}",
-            next_step="Each line of a .jsonl file is one JSON object, all with the same fields.",
+            f"{source} can't be read as a dataset: {error.__cause__ or error}",
+            next_step="Each line of a .jsonl file is one JSON object, all with the same fields; a "
+            ".csv file names its columns in the first line.",
         ) from error
     if not len(dataset):
         raise HubdiffError(f"{source} holds no example", next_step="Check the file, or the split.")
     return dataset
+
+
+def _check(row: dict[str, Any], where: str) -> bool:
+    """Whether the example is made of messages. Raises unless it is all texts, or all messages."""
+    are_messages = [_is_messages(value) for value in row.values()]
+    texts = [isinstance(value, str) for value in row.values()]
+    if all(are_messages) or ("messages" not in row and all(texts)):
+        return all(are_messages)
+    raise HubdiffError(
+        f"{where} is neither text nor messages: "
+        + ", ".join(f"{name} is {str(value)[:40]!r}" for name, value in row.items()),
+        next_step='Texts are strings; messages are lists of {"role": "…", "content": "…"}.',
+    )
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, dict)
+        and isinstance(item.get("role"), str)
+        and isinstance(item.get("content"), str)
+        for item in value
+    )
 
 
 def _require_template(source: str | Path, there: bool) -> None:

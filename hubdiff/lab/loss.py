@@ -20,8 +20,9 @@ def tokenized(examples: Dataset, tokenizer: Any, length: int) -> list[Tokens]:
 
 
 def _tokens(row: dict[str, Any], tokenizer: Any, length: int) -> Tokens:
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     if "text" in row:
-        return tokenizer(row["text"])["input_ids"][:length], 1
+        return [*tokenizer(row["text"])["input_ids"], *end][:length], 1
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list):
         start = tokenizer.apply_chat_template(
@@ -33,7 +34,6 @@ def _tokens(row: dict[str, Any], tokenizer: Any, length: int) -> Tokens:
         return whole[:length], len(start)
     start = tokenizer(prompt)["input_ids"]
     rest = tokenizer(completion, add_special_tokens=False)["input_ids"]
-    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     return [*start, *rest, *end][:length], max(1, len(start))
 
 

@@ -20,7 +20,8 @@ SCHEDULES = ("linear", "cosine", "constant")
 
 @dataclass(frozen=True)
 class Lora:
-    """An adapter instead of all weights. ``targets``: names of modules, or ``all-linear``."""
+    """An adapter instead of all weights. ``targets``: names of modules, with commas between, or
+    ``all-linear``."""
 
     rank: int = 16
     alpha: int = 32
@@ -70,17 +71,17 @@ def read_recipe(source: str | Path = PAPER, settings: Sequence[str] = ()) -> Rec
                 next_step=f"Give --recipe {PAPER}, or a YAML file.",
             )
         try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError, OSError) as error:
             raise _wrong(str(path), f"is not YAML ({error})") from error
-        recipe = _with(recipe, document, str(path))
+        recipe = _with(recipe, {} if document is None else document, str(path))
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise _wrong(setting, "is no setting")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise _wrong(setting, f"is not YAML ({error})") from error
         for name in reversed(key.split(".")):
             value = {name: value}
@@ -113,7 +114,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         # YAML reads 5e-6 as text: it wants 5.0e-6.
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     for kind in kinds:
         if type(value) is kind:
@@ -125,15 +126,17 @@ def _checked(recipe: Recipe) -> Recipe:
     whole = ("steps", "batch", "micro_batch", "length", "save_every", "log_every")
     wrong = [name for name in whole if getattr(recipe, name) < 1]
     wrong += [name for name in ("warmup", "dropout") if not 0 <= getattr(recipe, name) < 1]
-    wrong += [name for name in ("weight_decay", "seed") if getattr(recipe, name) < 0]
     wrong += [
-        name
-        for name in ("learning_rate", "max_grad_norm")
-        if not 0 < getattr(recipe, name) < float("inf")
+        name for name in ("learning_rate", "max_grad_norm") if not 0 < getattr(recipe, name) < 1e6
     ]
+    if not 0 <= recipe.weight_decay < 1e6:
+        wrong.append("weight_decay")
+    if not 0 <= recipe.seed < 1 << 32:
+        wrong.append("seed")
     if recipe.schedule not in SCHEDULES:
         raise _wrong("schedule", f"is {recipe.schedule!r}, not one of {', '.join(SCHEDULES)}")
-    if recipe.lora is not None and recipe.lora.rank < 1:
+    lora = recipe.lora
+    if lora is not None and (lora.rank < 1 or lora.alpha < 1 or not 0 <= lora.dropout < 1):
         wrong.append("lora")
     if wrong:
         raise _wrong(wrong[0], f"is {getattr(recipe, wrong[0])!r}, which makes no sense")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,13 +46,32 @@ class Trainer(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):
-            raise LossIsNoNumber(
-                f"the loss is {float(loss)} after {self.state.global_step} steps",
-                next_step="Lower learning_rate, or look for examples that break it. The same "
-                "command goes on from the last checkpoint, another recipe starts anew.",
-            )
+        self._stop_unless(bool(torch.isfinite(loss)), "the loss")
         return loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.require_numbers()
+        super()._save_checkpoint(*args, **kwargs)
+
+    def require_numbers(self) -> None:
+        """Raise ``LossIsNoNumber`` where a weight is none: nothing of that may be kept."""
+        assert self.model is not None
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        self._stop_unless(all(bool(torch.isfinite(p).all()) for p in trained), "a weight")
+
+    def _stop_unless(self, fine: bool, what: str) -> None:
+        """On all ranks, where one of them says so."""
+        if torch.distributed.is_initialized():
+            word = torch.tensor([float(fine)], device=self.args.device)
+            torch.distributed.all_reduce(word, torch.distributed.ReduceOp.MIN)
+            fine = bool(word.item())
+        if not fine:
+            raise LossIsNoNumber(
+                f"{what} is no number after {self.state.global_step} steps",
+                next_step="Lower learning_rate, or look for examples that break it. The same "
+                "command goes on from the last checkpoint; another recipe starts anew, with "
+                "--force.",
+            )
 
 
 def settings(recipe: Recipe, folder: Path, ranks: int) -> SFTConfig:
@@ -67,7 +88,7 @@ def settings(recipe: Recipe, folder: Path, ranks: int) -> SFTConfig:
     # transformers renames it; the old name warns.
     again = min({"activation_checkpointing", "gradient_checkpointing"} & known)
     renamed: dict[str, Any] = {again: recipe.gradient_checkpointing}
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.micro_batch,
@@ -97,6 +118,9 @@ def settings(recipe: Recipe, folder: Path, ranks: int) -> SFTConfig:
         disable_tqdm=True,
         remove_unused_columns=True,
     )
+    # One process drives one device: the trainer would use every GPU it sees, each with a batch.
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
 
 
 class Metrics(TrainerCallback):
@@ -139,8 +163,6 @@ def make_trainer(
     model: Any, tokenizer: Any, examples: Dataset, recipe: Recipe, folder: Path, callback: Metrics
 ) -> Trainer:
     """A trainer of ``model`` (all of its weights in float32) on ``examples``."""
-    from accelerate import PartialState
-
     adapter = None
     if recipe.lora is not None:
         from peft import LoraConfig
@@ -149,12 +171,14 @@ def make_trainer(
             r=recipe.lora.rank,
             lora_alpha=recipe.lora.alpha,
             lora_dropout=recipe.lora.dropout,
-            target_modules=recipe.lora.targets,
+            target_modules=recipe.lora.targets
+            if recipe.lora.targets == "all-linear"
+            else recipe.lora.targets.split(","),
             task_type="CAUSAL_LM",
         )
     trainer = Trainer(
         model=model,
-        args=settings(recipe, folder, PartialState().num_processes),
+        args=settings(recipe, folder, ranks()),
         train_dataset=examples,
         processing_class=tokenizer,
         peft_config=adapter,
@@ -164,18 +188,40 @@ def make_trainer(
     return trainer
 
 
+def ranks() -> int:
+    """The processes that a launcher started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole. One that was cut off is removed: its state, which is
+    written last, is not there."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in reversed(found):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            return path
+    return None
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars of the libraries; the caller's own settings again after."""
+    """No bars and no advice of the libraries; the caller's own settings again after."""
     import datasets
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if bars[0]:
             logging.enable_progress_bar()
         if not bars[1]:
