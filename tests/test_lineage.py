@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,13 @@ class Kin:
     tuned: str
     delta: str
     result: str
+
+
+@pytest.fixture(scope="module")
+def _server() -> Iterator[DevHub]:
+    """A Hub of their own: list and search look at every repo that there is."""
+    with DevHub(users={"demo": "hf_demo", "other": "hf_other"}, orgs={"org": ["demo"]}) as hub:
+        yield hub
 
 
 @pytest.fixture
