@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 @click.option(
     "--force",
     is_flag=True,
-    help="Replace what stands at DIR; also start from a delta that check refuses.",
+    help="Replace what stands at DIR, and the unfinished training of another run; also start from "
+    "a delta that check refuses.",
 )
 @shared.json_output
 @pass_session

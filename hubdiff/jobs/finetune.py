@@ -98,7 +98,8 @@ def finetune(
             on top of it (``hubdiff.lab.recipe.Recipe`` has the keys).
         push_to: publish tuned − base as a delta too, from the float32 weights.
         private: make that repo private, if it is new.
-        force: replace what stands at ``output``; also start from a delta that ``check`` refuses.
+        force: replace what stands at ``output``, and what another run of it left unfinished; also
+            start from a delta that ``check`` refuses.
 
     All weights are trained in float32 and kept so in ``output/master``, beside those in the base's
     own dtype. A run that was stopped goes on from its last checkpoint when it is called the same
