@@ -18,8 +18,8 @@ from hubdiff.licences import Side, conflicts
 from hubdiff.names import differs_in_rows_only, match_names
 from hubdiff.plan import OWN_BASE, MergePlan, Weighted, make_plan
 from hubdiff.plan.alignment import ALIGN, Alignment, tuned_vocabulary
+from hubdiff.plan.carried import carried_json
 from hubdiff.plan.recognise import same_pin
-from hubdiff.plan.side_files import carried_json
 from hubdiff.vocab import (
     Files,
     chat_template,

@@ -167,6 +167,22 @@ def test_a_loss_that_is_no_number_stops_it(
     assert (kept / "model.safetensors").is_file()
 
 
+def test_a_full_gpu_is_told_what_would_fit(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl import SFTTrainer
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(SFTTrainer, "training_step", full)
+    with pytest.raises(HubdiffError, match="GPU's memory is full: 28,") as caught:
+        train(base, data, tmp_path / "tuned")
+    for way in ("micro_batch=1", "gradient_checkpointing=true", "lora.rank", "FSDP"):
+        assert way in str(caught.value.next_step)
+    assert not (tmp_path / "tuned").exists()
+
+
 def test_an_adapter_is_pushed_as_one(base: Path, data: Path, tmp_path: Path) -> None:
     made = train(
         base, data, tmp_path / "adapter", "lora.rank=4", push_to=tmp_path / "delta", force=True

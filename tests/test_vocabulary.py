@@ -594,6 +594,9 @@ def test_a_new_token_that_the_target_has_gets_the_tuned_models_row(tmp_path: Pat
     nothing, _, _ = put(here, scale=0.0)
     target = v.read(here.target)
     assert all(torch.equal(nothing[name], target[name]) for name in target)
+    half, _, _ = put(here, scale={"*": 1.0, "*embed*": 0.0})
+    assert torch.equal(half[v.EMBED], target[v.EMBED])
+    assert torch.equal(half[v.HEAD], result[v.HEAD])
 
 
 def test_ids_that_the_tokenizer_would_not_give_are_refused(tmp_path: Path) -> None:

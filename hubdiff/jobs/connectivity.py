@@ -15,7 +15,7 @@ from hubdiff.checkpoint import open_checkpoint
 from hubdiff.delta import open_delta_tree
 from hubdiff.errors import HubdiffError
 from hubdiff.files import FileTree, open_tree
-from hubdiff.jobs.finetune import require_all, require_extra, usable
+from hubdiff.jobs.finetune import require_all, require_extra, usable_model
 from hubdiff.jobs.load import model_class
 from hubdiff.jobs.merging import choose_device
 from hubdiff.progress import Progress, Silent
@@ -164,11 +164,11 @@ def _examples(data: str | Path, folder: Path, limit: int, length: int) -> list[T
     from hubdiff.lab.training import quiet
 
     with quiet():
-        with usable("the base's tokenizer"):
+        with usable_model("the base's tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         has_template = bool(tokenizer.chat_template)
         rows = read_examples(data, chat_template=has_template, cache=folder / "data")
-        with usable("the data with the base's tokenizer"):
+        with usable_model("the data with the base's tokenizer"):
             found = tokenized(rows.select(range(min(limit, len(rows)))), tokenizer, length)
     found = [(ids, start) for ids, start in found if len(ids) > start]
     if not found:
@@ -188,7 +188,7 @@ def _loss(
     from hubdiff.lab.training import quiet
 
     with quiet():
-        with usable("the base"):
+        with usable_model("the base"):
             model, loading = model_class(folder).from_pretrained(
                 None,
                 config=folder,

@@ -17,7 +17,7 @@ from hubdiff.errors import CannotApply, CannotExport, CheckpointError, RefError
 from hubdiff.files import open_tree
 from hubdiff.hashing import check_hash, hash_bytes
 from hubdiff.manifest import FileRecord
-from hubdiff.plan.types import require_file
+from hubdiff.plan.carried import require_file
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.writer import DELTA, Sink, open_sink, output_folder

@@ -8,8 +8,8 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +23,7 @@ from hubdiff.facts import facts
 from hubdiff.files import FileTree, open_tree
 from hubdiff.hashing import hash_reader
 from hubdiff.jobs.apply import apply
-from hubdiff.jobs.load import model_class
+from hubdiff.jobs.load import model_class, usable
 from hubdiff.jobs.push import Pushed, push_delta
 from hubdiff.lab.recipe import PAPER, Recipe, read_recipe
 from hubdiff.progress import Progress, Silent
@@ -203,23 +203,13 @@ def _first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-@contextmanager
-def usable(what: str) -> Iterator[None]:
-    """Say in words what the libraries raise for files that they can't use: ``CheckpointError``."""
-    from hubdiff.hub import BadConfigValue
-
-    unusable = (ValueError, OSError, TypeError, AttributeError, LookupError, ImportError)
-    numbers = (ArithmeticError, AssertionError, RuntimeError, BadConfigValue)
-    try:
-        yield
-    except (*unusable, *numbers) as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        raise CheckpointError(
-            f"{what} can't be used: {type(error).__name__}: {error}",
-            next_step="Try it with transformers alone (from_pretrained); hubdiff never runs code "
-            "that comes with a model.",
-        ) from error
+def usable_model(what: str) -> AbstractContextManager[None]:
+    """``usable``, for what training or measuring starts from."""
+    return usable(
+        what,
+        "Try it with transformers alone (from_pretrained); hubdiff never runs code that comes with "
+        "a model.",
+    )
 
 
 def require_all(loading: Mapping[str, Any], where: str) -> None:
@@ -263,6 +253,7 @@ class _Finetune:
             Metrics,
             last_checkpoint,
             make_trainer,
+            memory_advice,
             ranks,
             read_metrics,
             settings,
@@ -275,7 +266,7 @@ class _Finetune:
             if processes.is_main_process:
                 self._begin()
         where = self._start()
-        with usable("the base's tokenizer"):
+        with usable_model("the base's tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(where[0], trust_remote_code=False, **where[1])
         with processes.main_process_first():
             examples = self._examples(tokenizer)
@@ -286,8 +277,8 @@ class _Finetune:
         model = self._model(where)
         self._progress.start("training", self._recipe.steps, "steps")
         metrics = Metrics(self._work / METRICS, self._progress.advance)
-        with _memory_advice(model, self._recipe):
-            with usable("the data with the base's tokenizer"):
+        with memory_advice(model, self._recipe):
+            with usable_model("the data with the base's tokenizer"):
                 trainer = make_trainer(
                     model, tokenizer, examples, self._recipe, checkpoints, metrics
                 )
@@ -320,13 +311,9 @@ class _Finetune:
             whole.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
             whole.replace(file)
         if self._delta is not None and not (self._work / "start").is_dir():
-            pins = (
-                pin.path or f"{pin.repo}@{pin.commit}" for pin in (self._delta.pin, self._base.pin)
-            )
-            delta, base = pins
             apply(
-                delta,
-                base,
+                _again(self._delta),
+                _again(self._base),
                 output=self._work / "start",
                 force=self._force,
                 progress=self._progress,
@@ -340,7 +327,7 @@ class _Finetune:
         found = read_examples(
             self._data, chat_template=bool(tokenizer.chat_template), cache=self._work / "data"
         )
-        with usable("the data with the base's tokenizer"):
+        with usable_model("the data with the base's tokenizer"):
             tokens = tokenized(found, tokenizer, self._recipe.length)
         kept = [number for number, (ids, start) in enumerate(tokens) if len(ids) > start]
         if not kept:
@@ -378,7 +365,7 @@ class _Finetune:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-        with usable("the base's config"):
+        with usable_model("the base's config"):
             config = AutoConfig.from_pretrained(where[0], trust_remote_code=False, **where[1])
         for name, value in vars(config).items():
             if isinstance(value, float) and name.endswith(("dropout", "pdrop", "dropout_prob")):
@@ -391,7 +378,7 @@ class _Finetune:
             "output_loading_info": True,
         }
         state = self._sum() if self._delta is not None else None
-        with usable("the base"):
+        with usable_model("the base"):
             if state is None:
                 known: Any = AutoModelForCausalLM
                 model, loading = known.from_pretrained(where[0], **options, **where[1])
@@ -539,32 +526,3 @@ def _version(name: str) -> str:
     from importlib.metadata import version
 
     return version(name)
-
-
-class _memory_advice:  # noqa: N801 - used as a context manager
-    """Says what would fit where a GPU's memory does not: AdamW in float32 holds 16 bytes for each
-    weight (the weight, its gradient, two moments)."""
-
-    def __init__(self, model: Any, recipe: Recipe) -> None:
-        self._weights = sum(parameter.numel() for parameter in model.parameters())
-        self._recipe = recipe
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        import torch
-
-        if not isinstance(error, torch.OutOfMemoryError):
-            return
-        needed = 16 * self._weights / 1e9
-        ways = ["--set gradient_checkpointing=true", "a smaller length"]
-        if self._recipe.micro_batch > 1:
-            ways.insert(0, "--set micro_batch=1")
-        if self._recipe.lora is None:
-            ways += ["--set lora.rank=16", "more devices (accelerate launch with FSDP)"]
-        raise HubdiffError(
-            f"the GPU's memory is full: {self._weights:,} weights trained in float32 take "
-            f"{needed:.1f} GB, and the examples come on top",
-            next_step=f"Try {', '.join(ways)}.",
-        ) from error

@@ -6,7 +6,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -277,22 +277,34 @@ def _architectures(folder: Path) -> list[str]:
 
 
 @contextmanager
-def usable_config() -> Iterator[None]:
-    """Say in words what transformers raises for values of a config that it can't use, which
-    depends on the model type: ``CheckpointError``."""
+def usable(what: str, next_step: str) -> Iterator[None]:
+    """Say in words what transformers raises for files that it can't use, which depends on the model
+    type: ``CheckpointError``."""
+    import torch
+
     from hubdiff.hub import BadConfigValue
 
     unusable = (ValueError, OSError, TypeError, AttributeError, LookupError, ImportError)
     numbers = (ArithmeticError, AssertionError, RuntimeError)
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (*unusable, *numbers, BadConfigValue) as error:
         said = f"{type(error).__name__}: {error}"
-        raise _unusable(f"can't be used by this transformers: {said}") from error
+        raise CheckpointError(
+            f"{what} can't be used by this transformers: {said}", next_step=next_step
+        ) from error
+
+
+_CONFIG_OF_RESULT = "the config.json of the result"
+_LOAD_YOURSELF = "Use hubdiff apply --output DIR and load the folder with the right class."
+
+
+def usable_config() -> AbstractContextManager[None]:
+    """``usable``, for the config of a result."""
+    return usable(_CONFIG_OF_RESULT, _LOAD_YOURSELF)
 
 
 def _unusable(what: str) -> CheckpointError:
-    return CheckpointError(
-        f"the config.json of the result {what}",
-        next_step="Use hubdiff apply --output DIR and load the folder with the right class.",
-    )
+    return CheckpointError(f"{_CONFIG_OF_RESULT} {what}", next_step=_LOAD_YOURSELF)

@@ -188,6 +188,26 @@ def make_trainer(
     return trainer
 
 
+@contextmanager
+def memory_advice(model: Any, recipe: Recipe) -> Iterator[None]:
+    """Say what would fit where a GPU's memory does not: AdamW in float32 holds 16 bytes for each
+    weight (the weight, its gradient, two moments)."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        ways = ["--set gradient_checkpointing=true", "a smaller length"]
+        if recipe.micro_batch > 1:
+            ways.insert(0, "--set micro_batch=1")
+        if recipe.lora is None:
+            ways += ["--set lora.rank=16", "more devices (accelerate launch with FSDP)"]
+        raise HubdiffError(
+            f"the GPU's memory is full: {weights:,} weights trained in float32 take "
+            f"{16 * weights / 1e9:.1f} GB, and the examples come on top",
+            next_step=f"Try {', '.join(ways)}.",
+        ) from error
+
+
 def ranks() -> int:
     """The processes that a launcher started."""
     return int(os.environ.get("WORLD_SIZE", 1))

@@ -13,10 +13,11 @@ from typing import Any
 
 from hubdiff.checkpoint import Checkpoint
 from hubdiff.delta import Delta
-from hubdiff.errors import BadManifest, VocabularyMismatch
-from hubdiff.hashing import check_hash, hash_bytes
+from hubdiff.errors import VocabularyMismatch
+from hubdiff.hashing import hash_bytes
 from hubdiff.manifest import TensorRecord
 from hubdiff.names import Tables, tables_of
+from hubdiff.plan.carried import carried
 from hubdiff.rows import Run, moved, rest_name, shapes_of
 from hubdiff.vocab import BASE_FILE, FILE, TOKEN_FILES, Vocabulary, unpack, vocabulary_of
 
@@ -149,18 +150,8 @@ def base_vocabulary(delta: Delta) -> Vocabulary | None:
 
 
 def _stored(delta: Delta, path: str) -> Vocabulary | None:
-    record = next((f for f in delta.manifest.side_files if f.path == path), None)
-    if record is None:
-        return None
-    if path not in delta.tree.files():
-        raise BadManifest(
-            f"{delta.tree.pin}/{path} is missing, the manifest lists it",
-            next_step="The delta was not uploaded whole; ask its author to push it again.",
-        )
-    where = f"{delta.tree.pin}/{path}"
-    data = delta.tree.read_bytes(path)
-    check_hash(hash_bytes(data), record.sha256, where)
-    return unpack(data, where)
+    data = carried(delta, path)
+    return None if data is None else unpack(data, f"{delta.tree.pin}/{path}")
 
 
 # --- deciding ---
@@ -236,12 +227,9 @@ def align(
     pairs: Mapping[str, str],
     takes: Callable[[str], bool],
     mode: str | None,
-    *,
-    replaces: bool,
 ) -> tuple[Acting, Tokens]:
     """Decide where the rows of a delta go whose tensors ``pairs`` matches with the target's.
-    ``mode`` None: ``align``, or in any doubt ``strict``. Without ``replaces`` tokens that the
-    target has keep its rows. Raises ``VocabularyMismatch``."""
+    ``mode`` None: ``align``, or in any doubt ``strict``. Raises ``VocabularyMismatch``."""
     tables = tables_of(shapes_of(target))
     acting = Acting.of(delta, tables, pairs, takes) if tables is not None else NOTHING
     if tables is None or (mode == ROWS and not acting):
@@ -287,7 +275,7 @@ def align(
         return acting, Tokens(None)
     from hubdiff.plan.matching import Matching
 
-    matching = Matching(ours, base, theirs, shared, acting.own_rows, tables.rows, replaces)
+    matching = Matching(ours, base, theirs, shared, acting.own_rows, tables.rows)
     return acting, Tokens(matching.alignment(), tuned=ours, base=base)
 
 

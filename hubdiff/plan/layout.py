@@ -10,7 +10,7 @@ from itertools import pairwise
 from hubdiff.checkpoint import INDEX, Checkpoint, Placed
 from hubdiff.plan.alignment import Alignment
 from hubdiff.plan.types import Method, Step, Term, WeightsFile, WholeFile
-from hubdiff.rows import Run, run_of
+from hubdiff.rows import Run, run_of, runs_of
 from hubdiff.safetensors_io import Header, TensorEntry, build_header, parse_header, tensor_bytes
 from hubdiff.stream import unit_bytes
 
@@ -18,11 +18,12 @@ from hubdiff.stream import unit_bytes
 @dataclass
 class Table:
     """A vocabulary tensor of the result, of so many ``rows``: terms of deltas whose rows are
-    aligned with it, and rows that are a tuned model's ``own``, with the alignment of each."""
+    aligned with it, with their alignments, and the term of rows that are a tuned model's ``own``,
+    with the runs that say which of its rows go where."""
 
     rows: int
     terms: dict[Term, Alignment] = field(default_factory=dict)
-    own: tuple[Term, Alignment] | None = None
+    own: tuple[Term, tuple[Run, ...]] | None = None
 
     def edges(self, target_rows: int) -> list[int]:
         """Where the tensor is cut, so that each run of rows comes about in one way."""
@@ -32,7 +33,7 @@ class Table:
             if alignment.changed[:1] == (Run(0, 0, alignment.shared),):
                 at.add(alignment.shared)
         if self.own is not None:
-            for run in self.own[1].taken:
+            for run in self.own[1]:
                 at |= {run.at, run.at + run.count}
         return sorted(row for row in at if row <= self.rows)
 
@@ -110,8 +111,7 @@ class Layout:
         inside = last <= there.shape[0]
         source = Placed(placed.file, run_of(there, first, last)) if inside else None
         if table.own is not None:
-            term, alignment = table.own
-            runs = [Run(r.at, r.row - alignment.shared, r.count) for r in alignment.taken]
+            term, runs = table.own
             own = _laid(term, runs, first, last, same_dtype=term.record.dtype == entry.dtype)
             if own is not None:
                 # The target's bytes are read though none is used: its file is hashed as a whole.
@@ -142,8 +142,19 @@ class Layout:
         return [WholeFile(INDEX, len(data), "made", data=data)]
 
 
+def own_runs(term: Term, alignment: Alignment) -> tuple[Run, ...]:
+    """Which rows of ``term``, that of a tuned model's own ones, go where. At scale 0 the target's
+    rows stay, but what is behind them or for new tokens has to be something."""
+    taken = [Run(run.at, run.row - alignment.shared, run.count) for run in alignment.taken]
+    stay = set() if term.factor else set(alignment.replaced.values())
+    if not stay:
+        return tuple(taken)
+    places = {run.at + i: run.row + i for run in taken for i in range(run.count)}
+    return runs_of({at: row for at, row in places.items() if at not in stay})
+
+
 def _laid(
-    term: Term, runs: list[Run] | tuple[Run, ...], first: int, last: int, *, same_dtype: bool = True
+    term: Term, runs: tuple[Run, ...], first: int, last: int, *, same_dtype: bool = True
 ) -> Term | None:
     """What a term has for the rows ``first`` to ``last``; None: nothing."""
     found = tuple(run for r in runs if (run := r.within(first, last)) is not None)

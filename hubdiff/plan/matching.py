@@ -13,8 +13,7 @@ from hubdiff.vocab import Vocabulary
 
 class Matching:
     """Of the tuned model's rows ``shared`` have a Δ, and ``own`` behind them are its own; the
-    target has ``count``. Rows of the result are found one kind after the other. Without
-    ``replaces`` rows of tokens that the target has are not replaced by the tuned model's own."""
+    target has ``count``. Rows of the result are found one kind after the other."""
 
     def __init__(
         self,
@@ -24,11 +23,9 @@ class Matching:
         shared: int,
         own: int,
         count: int,
-        replaces: bool,
     ) -> None:
         self._ours, self._theirs = ours, theirs
         self._shared, self._end, self._count = shared, shared + own, count
-        self._replaces = replaces
         self._token = {row: token for token, row in ours.rows.items()}
         self._before = {row: token for token, row in base.rows.items()}
         self._used = set(theirs.rows.values())
@@ -121,7 +118,7 @@ class Matching:
                     fresh.append((row, token))
                 elif at >= self._count:
                     self._taken[at], self._added[token] = row, at
-                elif self._replaces:
+                else:
                     self._taken[at], self._replaced[token] = row, at
         tokens = {**self._kept_tokens(), **self._added, **{token: row for row, token in fresh}}
         unused = not any(self._shared <= row < self._end for row in self._used)

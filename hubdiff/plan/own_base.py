@@ -6,6 +6,7 @@ from hubdiff.checkpoint import Checkpoint
 from hubdiff.delta import Delta
 from hubdiff.errors import BadManifest
 from hubdiff.manifest import GROUPS, TensorRecord
+from hubdiff.plan.carried import require_file
 from hubdiff.plan.recognise import Verdict, cut_at_rows
 from hubdiff.plan.types import (
     OWN_BASE,
@@ -15,7 +16,6 @@ from hubdiff.plan.types import (
     Weighted,
     WeightsFile,
     WholeFile,
-    require_file,
 )
 from hubdiff.rows import cut_header
 from hubdiff.safetensors_io import TensorEntry, parse_header

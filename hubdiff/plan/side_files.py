@@ -21,11 +21,12 @@ from hubdiff.configs import (
 )
 from hubdiff.delta import Delta
 from hubdiff.errors import VocabularyMismatch
-from hubdiff.hashing import check_hash, hash_bytes
+from hubdiff.hashing import hash_bytes
 from hubdiff.manifest import FileRecord
 from hubdiff.plan import token_files
 from hubdiff.plan.alignment import ALIGN, JOINED, Alignment, Tokens
-from hubdiff.plan.types import CARD, Weighted, WholeFile, require_file
+from hubdiff.plan.carried import carried, carried_json, require_file
+from hubdiff.plan.types import CARD, Weighted, WholeFile
 from hubdiff.sidecars import MERGED_FILES, LeftOut, SideFile, result_sidecars
 from hubdiff.vocab import read_vocabulary
 
@@ -314,7 +315,8 @@ class _Replay:
             self.notes.append(
                 f"{self.who}{path}: {name} is the target's: the tuned model's token is not there"
             )
-        return tuple(_without(side, {*lost, *gone}) for side in (base, tuned))  # type: ignore[return-value]
+        absent = {*lost, *gone}
+        return _without(base, absent), _without(tuned, absent)
 
     def _json_so_far(self, file: WholeFile) -> dict[str, Any]:
         if file.data is not None:
@@ -335,20 +337,3 @@ def _without(config: dict[str, Any], fields: Collection[str], path: str = "") ->
 
 def _made(path: str, data: bytes, note: str | None = None) -> WholeFile:
     return WholeFile(path, len(data), "made", data=data, note=note)
-
-
-def carried(delta: Delta, path: str) -> bytes | None:
-    """A file that the delta carries, checked; None for one that its side never had."""
-    record = next((f for f in delta.manifest.side_files if f.path == path), None)
-    if record is None:
-        return None
-    require_file(delta, path)
-    data = delta.tree.read_bytes(path)
-    check_hash(hash_bytes(data), record.sha256, f"{delta.tree.pin}/{path}")
-    return data
-
-
-def carried_json(delta: Delta, path: str) -> dict[str, Any]:
-    """A config that the delta carries; ``{}`` for one that its side never had."""
-    data = carried(delta, path)
-    return {} if data is None else parse_json(data, f"{delta.tree.pin}/{path}")

@@ -23,8 +23,9 @@ from hubdiff.manifest import TensorRecord
 from hubdiff.names import EMBEDDINGS, HEADS, Match, is_for_tokens, match_names, tables_of
 from hubdiff.pair import FLOATS, Filters, check_shapes
 from hubdiff.plan.alignment import NOTHING, Tokens, align
-from hubdiff.plan.layout import Layout, Table
-from hubdiff.plan.side_files import carried_json, plan_side_files
+from hubdiff.plan.carried import carried_json
+from hubdiff.plan.layout import Layout, Table, own_runs
+from hubdiff.plan.side_files import plan_side_files
 from hubdiff.plan.types import (
     PORTABLE_GROUPS,
     TRANSFER,
@@ -160,7 +161,7 @@ def _tables(
             table = tables.setdefault(name, Table(alignment.target_rows))
             table.rows = max(table.rows, alignment.rows if name in part.own else table.rows)
             if name in part.own and alignment.taken:
-                table.own = (part.own[name], alignment)
+                table.own = (part.own[name], own_runs(part.own[name], alignment))
             if part.terms.get(name) in terms.get(name, ()):
                 table.terms[part.terms[name]] = alignment
     return tables
@@ -212,7 +213,6 @@ class Transfer:
             match.pairs,
             self.filters.takes,
             self.vocab,
-            replaces=self._acts_on_vocabulary(),
         )
         alignment = self._tokens.alignment
         if self._acting and self._tokens.doubt and self._tokens.read:
@@ -255,11 +255,6 @@ class Transfer:
         for name, record in self._acting.own.items():
             self._check_own(name, record, self.target.tensors[pairs[name]])
         return {pairs[name]: self._term(record) for name, record in self._acting.own.items()}
-
-    def _acts_on_vocabulary(self) -> bool:
-        """Whether rows of the tuned model replace the target's: at scale 0 none does."""
-        factors = {self._term(record).factor for record in self.delta.manifest.tensors}
-        return factors != {0.0}
 
     def _check_own(self, name: str, record: TensorRecord, placed: Placed) -> None:
         """Rows are converted to the target's dtype, where both are floats."""

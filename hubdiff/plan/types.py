@@ -10,7 +10,7 @@ from typing import Any
 from hubdiff.checkpoint import Checkpoint, Placed
 from hubdiff.delta import Delta
 from hubdiff.encodings.payload import index_bytes
-from hubdiff.errors import BadManifest, CannotApply
+from hubdiff.errors import CannotApply
 from hubdiff.forecast import Look
 from hubdiff.manifest import Part, TensorRecord
 from hubdiff.plan.alignment import Alignment
@@ -334,12 +334,3 @@ def _whole_json(file: WholeFile) -> dict[str, Any]:
     action = {"target": "copy from target", "delta": "copy from delta"}.get(file.origin, "write")
     note = {"note": file.note} if file.note else {}
     return {"path": file.path, "bytes": file.size, "action": action, **note}
-
-
-def require_file(delta: Delta, path: str) -> None:
-    """Raise unless the delta holds the file its manifest lists."""
-    if path not in delta.tree.files():
-        raise BadManifest(
-            f"{delta.tree.pin}/{path} is missing, the manifest lists it",
-            next_step="The delta was not uploaded whole; ask its author to push it again.",
-        )
