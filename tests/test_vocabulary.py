@@ -599,6 +599,19 @@ def test_a_new_token_that_the_target_has_gets_the_tuned_models_row(tmp_path: Pat
     assert torch.equal(half[v.HEAD], result[v.HEAD])
 
 
+def test_a_row_that_one_delta_replaces_and_another_changes_is_refused(tmp_path: Path) -> None:
+    more = v.tokenizer(WORDS, [*SPECIALS, "<new>"])
+    here = world(tmp_path, (63, PLAIN), (64, more), (64, more))
+    old = v.tensors(64)
+    base = v.save(tmp_path / "base-2", old, more)
+    tuned = v.save(tmp_path / "tuned-2", models.moved(old, seed=4), more)
+    hubdiff.push_delta(tuned, tmp_path / "delta-2", base=base)
+    with pytest.raises(
+        CannotApply, match="brings a row of its own for '<new>' and delta-2 changes"
+    ):
+        hubdiff.apply([here.delta, tmp_path / "delta-2"], here.target, output=tmp_path / "out")
+
+
 def test_ids_that_the_tokenizer_would_not_give_are_refused(tmp_path: Path) -> None:
     """The tokenizers library numbers new tokens on from the length of the vocabulary, whatever its
     largest id is."""

@@ -153,6 +153,8 @@ def _tables(
             f"{brought[0].item.name} and {brought[1].item.name} both change the target's tokens",
             next_step="Apply one of the two first, then the other to the result.",
         )
+    for part in brought:
+        _check_not_replaced(part, [other for other in parts if other is not part])
     for part in parts:
         alignment = part.tokens.alignment
         if alignment is None:
@@ -165,6 +167,21 @@ def _tables(
             if part.terms.get(name) in terms.get(name, ()):
                 table.terms[part.terms[name]] = alignment
     return tables
+
+
+def _check_not_replaced(part: Contribution, others: Sequence[Contribution]) -> None:
+    """A row that one delta replaces and another changes has no meaning, as with whole tensors."""
+    assert part.tokens.alignment is not None
+    for other in others:
+        there = other.tokens.alignment
+        for token, row in part.tokens.alignment.replaced.items():
+            acts = there is None or any(run.within(row, row + 1) for run in there.changed)
+            if acts and not set(part.own).isdisjoint(other.terms):
+                raise CannotApply(
+                    f"{part.item.name} brings a row of its own for {token!r} and {other.item.name} "
+                    "changes the target's",
+                    next_step="Apply one of the two first, then the other to the result.",
+                )
 
 
 def _notes(parts: Sequence[Contribution]) -> list[str]:
