@@ -35,7 +35,7 @@ WEIGHTS = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors
         "scores.xml",
         "checkpoint-notes.md",
         "onnx.md",
-        *WEIGHTS,
+        *sorted(WEIGHTS),
     ],
 )
 def test_carried(path: str) -> None:
