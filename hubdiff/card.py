@@ -16,6 +16,7 @@ from typing import Any
 
 from hubdiff import markdown
 from hubdiff._version import __version__
+from hubdiff.facts import STARTED_FROM
 from hubdiff.licences import (
     HUB_LICENCES,
     Side,
@@ -24,7 +25,7 @@ from hubdiff.licences import (
     notices,
     strictest,
 )
-from hubdiff.registry_tags import DELTA_TAG, TUNED_MODEL
+from hubdiff.registry_tags import DELTA_TAG, START, TUNED_MODEL
 from hubdiff.summary import Summary, percent, size_text, summarise
 
 PICTURE = "layers.png"
@@ -69,6 +70,7 @@ def delta_card(
     """
     base, tuned = _side(manifest, "base"), _side(manifest, "tuned")
     master = _side(manifest, "master") if manifest.get("master") else None
+    start = _side(manifest, "started_from") if manifest.get("started_from") else None
     parents = [
         _Parent("base", base, base_card or {}),
         _Parent("tuned model", tuned, tuned_card or {}),
@@ -80,7 +82,7 @@ def delta_card(
         **_licence(parents),
         **_task(tuned_card),
         "library_name": "hubdiff",
-        "tags": ["hubdiff", DELTA_TAG, *_tuned_tag(tuned)],
+        "tags": ["hubdiff", DELTA_TAG, *_tag(TUNED_MODEL, tuned), *_tag(START, start or {})],
         **_parents([base], "adapter"),
     }
     return _render(
@@ -91,6 +93,7 @@ def delta_card(
         base=base,
         tuned=tuned,
         master=master,
+        start=start,
         portable=manifest.get("portable") is not False,
         not_portable_reason=manifest.get("not_portable_reason"),
         partial=bool(filters),
@@ -175,8 +178,9 @@ def tuned_card(
     base_card: Mapping[str, Any] | None = None,
 ) -> str:
     """The card of a fine-tune. ``record`` has ``base`` and ``delta`` (or null) with repo, commit,
-    name, licence and gated; ``data``, ``examples``, ``recipe``, ``libraries`` (name → version),
-    ``losses``, ``picture``, ``command`` (a list of arguments) and ``master``."""
+    name, licence and gated, the delta also ``closed``; ``data``, ``examples``, ``recipe``,
+    ``libraries`` (name → version), ``losses``, ``picture``, ``command`` (a list of arguments) and
+    ``master``."""
     base = _side(record, "base")
     delta = _side(record, "delta") if record.get("delta") else None
     parents = [_Parent("base", base, base_card or {}), _Parent("delta", delta or {})]
@@ -190,8 +194,9 @@ def tuned_card(
         **_licence(parents),
         **_task(base_card),
         "library_name": _library(base_card),
-        "tags": ["hubdiff", "generated_from_trainer"],
+        "tags": ["hubdiff", "generated_from_trainer", *_tag(START, delta or {})],
         **_parents([base], "adapter" if recipe.get("lora") else "finetune"),
+        STARTED_FROM: delta and {key: delta[key] for key in ("name", "repo", "commit", "closed")},
     }
     return _render(
         "tuned_card.md",
@@ -393,10 +398,11 @@ def _parents(models: Sequence[Mapping[str, Any]], relation: str) -> dict[str, An
     return {"base_model": repos, "base_model_relation": relation} if repos else {}
 
 
-def _tuned_tag(tuned: Mapping[str, Any]) -> list[str]:
-    """By which the deltas of a tuned model are found: ``base_model`` is their base."""
-    repo = tuned.get("repo")
-    return [f"{TUNED_MODEL}:{repo}"] if markdown.is_repo_id(repo) else []
+def _tag(name: str, side: Mapping[str, Any]) -> list[str]:
+    """By which the deltas of a tuned model, or those that training from a delta gave, are found:
+    ``base_model`` is their base."""
+    repo = side.get("repo")
+    return [f"{name}:{repo}"] if markdown.is_repo_id(repo) else []
 
 
 def _numbers(summary: Summary) -> list[tuple[str, str]]:

@@ -15,24 +15,51 @@ from weakref import WeakKeyDictionary
 
 from hubdiff.errors import CheckpointError
 from hubdiff.files import FileTree
+from hubdiff.markdown import is_repo_id
 from hubdiff.progress import Progress
 from hubdiff.refs import ModelRef
 
 CARD = "README.md"
+STARTED_FROM = "started_from"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HEADER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Start:
+    """The delta that was on the base when training began. ``repo`` and ``commit`` are None for a
+    folder; ``closed``: it is gated or private, or what it was made of is."""
+
+    name: str
+    repo: str | None
+    commit: str | None
+    closed: bool
+
+    @classmethod
+    def read(cls, said: object) -> Start | None:
+        """From a card; None for what is no name, with the pin of a repo or without one."""
+        if not isinstance(said, dict):
+            return None
+        name, repo, commit = (said.get(key) for key in ("name", "repo", "commit"))
+        pinned = is_repo_id(repo) and isinstance(commit, str) and _COMMIT.fullmatch(commit)
+        if not isinstance(name, str) or not name or not (pinned or repo is commit is None):
+            return None
+        return cls(name, repo, commit, said.get("closed") is True)
 
 
 @dataclass(frozen=True)
 class RepoFacts:
     """``licence`` as the card names it ("other" has its name in ``card_data["license_name"]``);
-    ``base_model`` as the card lists it, in order; ``card_data`` is the whole header. ``problem``
-    says why the card could not be read, if so."""
+    ``base_model`` as the card lists it, in order; ``start`` of a fine-tune that began with a delta
+    on its base; ``card_data`` is the whole header. ``problem`` says why the card could not be read,
+    if so."""
 
     licence: str | None = None
     gated: bool = False
     private: bool = False
     base_model: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    start: Start | None = None
     card_data: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
 
@@ -106,6 +133,7 @@ def facts_from(
         private=private,
         base_model=_texts(card_data.get("base_model")),
         tags=_texts(card_data.get("tags")) if tags is None else tags,
+        start=Start.read(card_data.get(STARTED_FROM)),
         card_data=card_data,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 # What an edge says, read from the upper node (the origin) to the lower one.
 BASE_OF, TUNED_OF = "base of the delta", "tuned model of the delta"
 TARGET_OF, DELTA_IN = "target of the result", "delta in the result"
+STARTED_FROM = "delta that training started from"
 NEW_VERSION = "new version"
 
 

@@ -212,7 +212,8 @@ class TensorRecord:
 class Manifest:
     """``rows`` says which tensors of the vocabulary are cut, by the names of their records: those
     hold the rows that the base has too, what the tuned model has beyond them is an added tensor.
-    ``same_tokens``: the tuned model's tokens are known to be the base's."""
+    ``same_tokens``: the tuned model's tokens are known to be the base's. ``started_from`` is the
+    delta that was on the base when training began, where its card says so."""
 
     hubdiff_version: str
     base: Side
@@ -229,6 +230,7 @@ class Manifest:
     filters: dict[str, tuple[str, ...]] | None = None
     master: Side | None = None
     provenance: dict[str, Any] | None = None
+    started_from: Side | None = None
     adapter: tuple[AdapterTensor, ...] | None = None
     lossy: Lossy | None = None
     sample: sampling.Sample | None = None
@@ -285,6 +287,8 @@ class Manifest:
             "provenance": self.provenance,
             "tensors": [_tensor_json(record) for record in self.tensors],
         }
+        if self.started_from is not None:
+            document["started_from"] = _side_json(self.started_from)
         if self.adapter is not None:
             document["adapter"] = {"tensors": [asdict(tensor) for tensor in self.adapter]}
         if self.lossy is not None:
@@ -364,6 +368,7 @@ def _manifest(root: fields.Fields) -> Manifest:
         else None,
         master=_side(master) if (master := root.optional_child("master")) else None,
         provenance=root.get("provenance", fields.optional(fields.mapping)),
+        started_from=_side(root.child("started_from")) if "started_from" in root else None,
         adapter=tuple(_adapter_tensor(item) for item in adapter.children("tensors"))
         if adapter
         else None,

@@ -26,6 +26,7 @@ from hubdiff.jobs.apply import apply
 from hubdiff.jobs.load import model_class, usable
 from hubdiff.jobs.push import Pushed, push_delta
 from hubdiff.lab.recipe import PAPER, Recipe, read_recipe
+from hubdiff.manifest import read_manifest
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.sidecars import Carried, classify
@@ -294,7 +295,7 @@ class _Finetune:
         run = {
             "base": str(self._base.pin),
             "delta": self._delta and str(self._delta.pin),
-            "data": self._data_identity(),
+            "data": data_identity(self._data),
             "recipe": self._recipe.as_json(),
         }
         file = self._work / _RUN
@@ -340,16 +341,6 @@ class _Finetune:
             gone = len(found) - len(kept)
             self._progress.note(f"{gone:,} examples are left out: their prompts fill the length")
         return found.select(kept)
-
-    def _data_identity(self) -> str:
-        path = Path(self._data)
-        if not path.is_file():
-            return str(self._data)
-        tree = open_tree(
-            ModelRef(repo=None, revision=None, path=path.parent.absolute()), cache=False
-        )
-        with tree.open(path.name) as reader:
-            return hash_reader(reader)
 
     def _start(self) -> tuple[str, dict[str, Any]]:
         """What training starts from, as ``from_pretrained`` takes it."""
@@ -480,7 +471,7 @@ class _Finetune:
             loss_curve(metrics, result / CURVE)
         record = {
             "base": _side(self._base),
-            "delta": _side(self._delta) if self._delta is not None else None,
+            "delta": self._delta and {**_side(self._delta), "closed": _is_closed(self._delta)},
             "data": Path(self._data).name if Path(self._data).exists() else str(self._data),
             "examples": examples,
             "recipe": recipe,
@@ -495,6 +486,16 @@ class _Finetune:
         for file in result.rglob("*"):
             if file.is_file():  # safetensors writes files that only their owner may read
                 shutil.copymode(result / CARD, file)
+
+
+def data_identity(data: str | Path) -> str:
+    """What tells the data of one run from that of another: a file's hash, a dataset's name."""
+    path = Path(data)
+    if not path.is_file():
+        return str(data)
+    tree = open_tree(ModelRef(repo=None, revision=None, path=path.parent.absolute()), cache=False)
+    with tree.open(path.name) as reader:
+        return hash_reader(reader)
 
 
 def _again(tree: FileTree) -> str | Path:
@@ -520,6 +521,13 @@ def _side(tree: FileTree) -> dict[str, Any]:
         "licence": known.licence,
         "gated": known.gated,
     }
+
+
+def _is_closed(delta: FileTree) -> bool:
+    """Whether a delta is for some people only, or what it was made of is."""
+    known, manifest = facts(delta), read_manifest(delta)
+    sides = (manifest.base, manifest.tuned, manifest.started_from)
+    return known.gated or known.private or any(side.gated for side in sides if side)
 
 
 def _version(name: str) -> str:

@@ -13,12 +13,13 @@ from typing import Any
 from hubdiff import fields
 from hubdiff.checkpoint import MANIFEST, read_json
 from hubdiff.errors import HubdiffError
-from hubdiff.facts import facts
+from hubdiff.facts import Start, facts
 from hubdiff.files import FileTree, open_tree
 from hubdiff.graph import (
     BASE_OF,
     DELTA_IN,
     NEW_VERSION,
+    STARTED_FROM,
     TARGET_OF,
     TUNED_OF,
     Edge,
@@ -31,7 +32,7 @@ from hubdiff.manifest import Manifest, Side, read_manifest
 from hubdiff.picture import group_by_layer
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
-from hubdiff.registry_tags import BASE_MODEL, TUNED_MODEL
+from hubdiff.registry_tags import BASE_MODEL, START, TUNED_MODEL
 from hubdiff.summary import percent, size_text, summarise
 from hubdiff.writer import RESULT
 
@@ -91,7 +92,8 @@ class _Walk:
     def _origin(self, edge: Edge) -> tuple[Node, list[Edge]]:
         """The origin of an edge, as it is at its pin. A folder's name can't be opened."""
         if is_folder(edge.origin):
-            return Node(edge.origin, "model", local=True), []
+            kind = "delta" if edge.relation in (DELTA_IN, STARTED_FROM) else "model"
+            return Node(edge.origin, kind, local=True), []
         try:
             return _describe(open_tree(ModelRef(repo=edge.origin, revision=edge.commit, path=None)))
         except HubdiffError as error:
@@ -138,7 +140,8 @@ class _Walk:
         for edge in origins:
             if edge.relation != NEW_VERSION and self._room_for(edge.origin):
                 local = is_folder(edge.origin)
-                self.nodes.setdefault(edge.origin, Node(edge.origin, "model", local))
+                kind = "delta" if edge.relation in (DELTA_IN, STARTED_FROM) else "model"
+                self.nodes.setdefault(edge.origin, Node(edge.origin, kind, local))
                 self._add(edge)
 
     def _room_for(self, key: str) -> bool:
@@ -152,7 +155,7 @@ def _children(repo: str) -> Iterator[str]:
     from hubdiff.hub import find_models
 
     seen: set[str] = set()
-    for tag in (f"{BASE_MODEL}:{repo}", f"{TUNED_MODEL}:{repo}"):
+    for tag in (f"{name}:{repo}" for name in (BASE_MODEL, TUNED_MODEL, START)):
         for found in find_models([tag]):
             if found.repo not in seen and found.repo != repo:
                 seen.add(found.repo)
@@ -177,7 +180,7 @@ def _describe(tree: FileTree) -> tuple[Node, list[Edge]]:
         said.gated,
         problem=said.problem,
     )
-    edges = list(_named_by_card(key, said.card_data))
+    edges = list(_named_by_card(key, said.card_data, said.start))
     if MANIFEST in files:
         manifest = read_manifest(tree)
         return _delta_node(node, manifest), [*_of_manifest(key, manifest), *_versions(edges)]
@@ -192,7 +195,7 @@ def _versions(edges: list[Edge]) -> list[Edge]:
     return [edge for edge in edges if edge.relation == NEW_VERSION]
 
 
-def _named_by_card(key: str, card: dict[str, Any]) -> Iterator[Edge]:
+def _named_by_card(key: str, card: dict[str, Any], start: Start | None) -> Iterator[Edge]:
     bases = card.get("base_model")
     listed = [bases] if isinstance(bases, str) else bases if isinstance(bases, list) else []
     relation = card.get("base_model_relation")
@@ -200,19 +203,23 @@ def _named_by_card(key: str, card: dict[str, Any]) -> Iterator[Edge]:
     for base in listed:
         if _text(base) and base != key:
             yield Edge(base, key, word)
+    if start is not None:
+        yield _edge(start, key, STARTED_FROM)
     newer = _text(card.get("new_version"))
     if newer and newer != key:
         yield Edge(key, newer, NEW_VERSION)
 
 
 def _of_manifest(key: str, manifest: Manifest) -> list[Edge]:
+    start = manifest.started_from
     return [
         _edge(manifest.base, key, BASE_OF),
         _edge(manifest.tuned, key, TUNED_OF),
+        *([_edge(start, key, STARTED_FROM)] if start else ()),
     ]
 
 
-def _edge(side: Side, made: str, relation: str) -> Edge:
+def _edge(side: Side | Start, made: str, relation: str) -> Edge:
     return Edge(side.repo or folder_key(side.name), made, relation, side.commit)
 
 

@@ -20,7 +20,7 @@ from hubdiff.card import PICTURE, delta_card
 from hubdiff.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_json
 from hubdiff.errors import CannotDiff, NotWorthIt, RefError
 from hubdiff.extract import Extracted, extract
-from hubdiff.facts import facts, keeps_private, note_problems
+from hubdiff.facts import RepoFacts, facts, keeps_private, note_problems
 from hubdiff.files import FileTree
 from hubdiff.floats import BYTES
 from hubdiff.hashing import check_hash, hash_bytes
@@ -200,6 +200,8 @@ def push_delta(
         reads = [checkpoint.tree for checkpoint in (one, other, master) if checkpoint]
         known = [facts(tree) for tree in reads]
         note_problems(known, progress)
+        # A model that was trained from a closed delta has part of what that has.
+        known += [RepoFacts(gated=said.start.closed) for said in known if said.start]
         private = keeps_private(known, destination, private, public, progress)
         with open_sink(
             destination, DELTA, reads=reads, force=force, private=private, pr=pr, ranks=ranks
@@ -504,6 +506,7 @@ class _Push:
             filters=asdict(pair.filters) if pair.filters else None,
             master=_side(pair.master) if pair.master else None,
             provenance=asdict(provenance) if provenance else None,
+            started_from=_started_from(pair.tuned),
         )
 
     def _rows(self) -> dict[str, Cut]:
@@ -559,6 +562,13 @@ def _side(checkpoint: Checkpoint) -> Side:
         licence=known.licence,
         gated=known.gated,
     )
+
+
+def _started_from(tuned: Checkpoint) -> Side | None:
+    start = facts(tuned.tree).start
+    if start is None:
+        return None
+    return Side(start.name, start.repo, None, start.commit, None, start.closed)
 
 
 def _side_files(base: Checkpoint) -> tuple[FileRecord, ...]:
