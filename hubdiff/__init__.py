@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hubdiff.jobs.load import load
     from hubdiff.jobs.pointers import alias, tag
     from hubdiff.jobs.push import push_delta
+    from hubdiff.jobs.recycle import recycle
     from hubdiff.jobs.registry import list_deltas, search
     from hubdiff.jobs.sign import sign
     from hubdiff.jobs.unpack import unpack
@@ -51,6 +52,7 @@ __all__ = [
     "load",
     "open_delta",
     "push_delta",
+    "recycle",
     "search",
     "sign",
     "tag",
@@ -72,6 +74,7 @@ _HOMES = {
     "load": "hubdiff.jobs.load",
     "open_delta": "hubdiff.delta",
     "push_delta": "hubdiff.jobs.push",
+    "recycle": "hubdiff.jobs.recycle",
     "search": "hubdiff.jobs.registry",
     "sign": "hubdiff.jobs.sign",
     "tag": "hubdiff.jobs.pointers",

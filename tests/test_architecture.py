@@ -91,6 +91,7 @@ def test_the_public_surface_is_this():
         "load",
         "open_delta",
         "push_delta",
+        "recycle",
         "search",
         "sign",
         "tag",

@@ -36,6 +36,7 @@ COMMANDS = {
     "tag": "tag",
     "alias": "alias",
     "finetune": "finetune",
+    "recycle": "recycle",
     "connectivity": "connectivity",
     "demo": "demo",
 }

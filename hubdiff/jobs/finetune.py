@@ -190,6 +190,11 @@ def _refuse_output(
         refuse_place(destination.path.absolute(), folders, force=False)
 
 
+def training_folder(place: Path) -> Path:
+    """Where the training for ``place`` is while it goes on."""
+    return place.parent / f".{place.name}.hubdiff-training"
+
+
 def require_extra() -> None:
     missing = [name for name in EXTRA if find_spec(name) is None]
     if missing:
@@ -242,7 +247,7 @@ class _Finetune:
         self._recipe, self._force, self._command = recipe, force, command
         self._progress = progress
         self.has_master = False
-        self._work = place.parent / f".{place.name}.hubdiff-training"
+        self._work = training_folder(place)
 
     def run(self) -> tuple[tuple[float, ...], int, int]:
         """The losses, the number of examples, and the step that it went on from."""

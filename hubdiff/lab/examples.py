@@ -15,7 +15,7 @@ from hubdiff.errors import HubdiffError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _SHAPES = "prompt and completion, messages, or text"
 
 
@@ -45,13 +45,13 @@ def _load(source: str, cache: str) -> Dataset:
 
     path = Path(source)
     try:
-        if path.suffix.lower() in _FILES and path.is_file():
-            kind = _FILES[path.suffix.lower()]
+        if path.suffix.lower() in FILES and path.is_file():
+            kind = FILES[path.suffix.lower()]
             dataset = load_dataset(kind, data_files=str(path), split="train", cache_dir=cache)
         elif path.exists() or source.count("/") != 1:
             raise HubdiffError(
                 f"{source} is no dataset",
-                next_step=f"Give a file ({', '.join(_FILES)}) or org/name of the Hub.",
+                next_step=f"Give a file ({', '.join(FILES)}) or org/name of the Hub.",
             )
         else:
             name, _, split = source.partition(":")
