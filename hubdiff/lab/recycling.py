@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,10 @@ class Step:
 def steps_of(plan: Plan) -> tuple[Step, ...]:
     """The steps in their order. Raises ``HubdiffError`` where two Δs would go to one place."""
     found = tuple(_steps(plan))
+    names = [step.name for step in found]
     for step in found:
         if step.push is not None and ModelRef.parse(step.push).path is not None:
-            _refuse_place(plan, step.push)
+            _refuse_place(plan, step.push, names)
     places = Counter(step.push for step in found if step.push is not None)
     place, times = next(iter(places.most_common(1)), ("", 0))
     if times > 1:
@@ -130,11 +131,16 @@ def _filled(push: str | None, number: int, base: str) -> str | None:
     return push and push.replace("{name}", _name(base)).replace("{number}", str(number))
 
 
-def _refuse_place(plan: Plan, push: str) -> None:
+def _refuse_place(plan: Plan, push: str, names: Collection[str]) -> None:
+    """Where an output or a model goes, or a folder around it, no delta may go."""
     place, output = Path(push), plan.output
-    if place == output or place in output.parents:
+    models = [output / name for name in names]
+    if any(place == one or place in one.parents or one in place.parents for one in models):
         raise wrong(
-            plan.file, "push", f"sends a delta to {plan.shown(push)}, which holds the output", None
+            plan.file,
+            "push",
+            f"sends a delta to {plan.shown(push)}, where a tuned model is to be",
+            "Write a folder of its own, such as ./deltas/{name}.",
         )
 
 
