@@ -384,6 +384,18 @@ def test_deltas_on_the_hub_lead_back_and_bases_stay_pinned(
     ]  # fmt: skip
 
 
+def test_what_comes_of_a_private_delta_is_private(
+    here: Path, by_hand: dict[str, Path], devhub: DevHub, put_repo: Callable[..., str],
+    new_name: Callable[[], str],
+) -> None:  # fmt: skip
+    """Whoever reads it has part of what was private."""
+    old = put_repo(on_hub.contents(by_hand["iterative"] / "1-v1-delta"), private=True)
+    first, repo = {"base": "./v1", "delta": old}, new_name()
+    hubdiff.recycle(write_plan(here, first, {"base": "./v2", "push": repo}))
+    assert on_hub.api(devhub).model_info(repo).private
+    assert hubdiff.inspect(repo).manifest.started_from.repo == old
+
+
 def test_what_a_push_would_meet_is_met_before_training(
     here: Path, devhub: DevHub, put_repo: Callable[..., str], new_name: Callable[[], str],
     monkeypatch: pytest.MonkeyPatch,
@@ -444,6 +456,7 @@ def test_the_report_has_every_step_and_a_picture(here: Path) -> None:
     assert two["seconds"] > 0
     assert two["check"]["verdict"] == "go"
     assert two["check"]["cosine"] > 0.99
+    assert 0 < two["check"]["drift"] < 0.1
     assert two["started_from"] == {"step": "1-v1", "delta": "./runs/1-v1-delta"}
     sizes = [file.stat().st_size for file in (here / "runs/2-v2-delta").glob("delta-*.safetensors")]
     assert two["delta"]["bytes"] >= sum(sizes) > 0

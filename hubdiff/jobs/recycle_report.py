@@ -60,11 +60,10 @@ def _row(
 def key_numbers(checked: Mapping[str, Any]) -> dict[str, Any]:
     """What a report keeps of a check."""
     forecast = checked["forecast"] or {}
-    total = {**(forecast.get("total") or {}), "cosine": forecast.get("cosine")}
     return {
         "verdict": checked["verdict"],
         "reasons": checked["reasons"],
-        **{name: total.get(name) for name in _NUMBERS},
+        **{name: forecast.get(name) for name in _NUMBERS},
     }
 
 
