@@ -146,6 +146,21 @@ def test_direct_over_one_base_is_one_fine_tune(here: Path, by_hand: dict[str, Pa
 # --- stopped and gone on ---
 
 
+@pytest.fixture(scope="module")
+def _finished(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = Path(shutil.copytree(family, tmp_path_factory.mktemp("finished") / "family"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("hubdiff.jobs.push._picture", lambda _: b"")
+        hubdiff.recycle(write_plan(folder, "./v1"))
+    return folder
+
+
+@pytest.fixture
+def finished(_finished: Path, tmp_path: Path) -> Path:
+    """A family with a finished run over ``v1``: it has been moved, and still is finished."""
+    return Path(shutil.copytree(_finished, tmp_path / "moved"))
+
+
 class Stop(BaseException):
     """No error that anything would catch."""
 
@@ -227,9 +242,8 @@ def test_killed_it_ends_where_it_would_have(here: Path, by_hand: dict[str, Path]
 
 
 def test_bases_may_be_added_and_nothing_is_trained_twice(
-    here: Path, by_hand: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    finished: Path, by_hand: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hubdiff.recycle(write_plan(here, "./v1", "./v2"))
     trained = []
 
     def told(*args: Any, **more: Any) -> Any:
@@ -237,9 +251,9 @@ def test_bases_may_be_added_and_nothing_is_trained_twice(
         return hubdiff.finetune(*args, **more)
 
     monkeypatch.setattr(module, "finetune", told)
-    hubdiff.recycle(write_plan(here, "./v1", "./v2", "./v3"))
-    assert trained == ["3-v3"]
-    assert weights(here / "runs") == weights(by_hand["iterative"])
+    hubdiff.recycle(write_plan(finished, "./v1", "./v2", "./v3"))
+    assert trained == ["2-v2", "3-v3"]
+    assert weights(finished / "runs") == weights(by_hand["iterative"])
 
 
 def changed_recipe(here: Path) -> None:
@@ -284,17 +298,16 @@ def another_place(here: Path) -> None:
     ],
 )
 def test_what_no_longer_fits_is_refused_unless_forced(
-    here: Path, change: Callable[[Path], None], words: str, trains: bool,
+    finished: Path, change: Callable[[Path], None], words: str, trains: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    plan = write_plan(here, "./v1")
-    hubdiff.recycle(plan)
-    change(here)
-    before = models.hashes(here)
+    plan = finished / "plan.yaml"
+    change(finished)
+    before = models.hashes(finished)
     with pytest.raises(HubdiffError, match=words) as caught:
         hubdiff.recycle(plan)
     assert "--force" in str(caught.value.next_step)
-    assert models.hashes(here) == before
+    assert models.hashes(finished) == before
     trained = []
 
     def told(*args: Any, **more: Any) -> Any:
