@@ -13,7 +13,7 @@ from on_hub import PutRepo
 import hubdiff
 from hubdiff.devhub import DevHub
 from hubdiff.errors import CannotDiff, CheckpointError, HubUnavailable
-from hubdiff.facts import RepoFacts, card_facts, facts
+from hubdiff.facts import RepoFacts, Start, card_facts, facts, facts_from
 from hubdiff.files import LocalTree
 from hubdiff.hub import HubTree
 from hubdiff.progress import Silent
@@ -181,3 +181,26 @@ class Notes(Silent):
 
     def note(self, text: str) -> None:
         self._notes.append(text)
+
+
+_PIN = {"repo": "org/delta", "commit": "a" * 40}
+
+
+@pytest.mark.parametrize(
+    ("said", "start"),
+    [
+        ({"name": "delta", **_PIN}, Start("delta", "org/delta", "a" * 40, False)),
+        ({"name": "d", **_PIN, "closed": True}, Start("d", "org/delta", "a" * 40, True)),
+        ({"name": "d", "repo": None, "commit": None}, Start("d", None, None, False)),
+        ({"name": "d", "repo": "org/delta", "commit": "main"}, None),
+        ({"name": "d", "repo": "../delta", "commit": "a" * 40}, None),
+        ({"name": "d", "repo": None, "commit": "a" * 40}, None),
+        ({"name": "", **_PIN}, None),
+        ({"name": ["d"], **_PIN}, None),
+        (["delta"], None),
+        (None, None),
+    ],
+)
+def test_a_start_is_a_pin_or_a_folder_s_name(said: object, start: Start | None) -> None:
+    """A stranger may have written it: what is neither says nothing."""
+    assert facts_from({"started_from": said}).start == start

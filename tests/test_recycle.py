@@ -323,22 +323,22 @@ def test_what_no_longer_fits_is_refused_unless_forced(
 # --- transfers that are refused ---
 
 
-def test_a_refused_transfer_stops_before_it_is_trained(here: Path) -> None:
-    plan = write_plan(here, "./v1", "./stranger")
+def test_a_refused_transfer_stops_before_it_is_trained(finished: Path) -> None:
+    plan = write_plan(finished, "./v1", "./stranger")
     with pytest.raises(NotAdvised, match=r"2-stranger: the delta of 1-v1 is not put on") as caught:
         hubdiff.recycle(plan)
     assert "--force" in str(caught.value.next_step)
-    assert not (here / "runs/2-stranger").exists()
-    report = json.loads((here / "runs/report.json").read_text())
+    assert not (finished / "runs/2-stranger").exists()
+    report = json.loads((finished / "runs/report.json").read_text())
     assert not report["finished"]
     assert report["steps"][0]["delta"]
     assert report["steps"][1]["check"]["verdict"] == "refuse"
-    assert "**Not finished:**" in (here / "runs/report.md").read_text()
-    done = weights(here / "runs")
+    assert "**Not finished:**" in (finished / "runs/report.md").read_text()
+    done = weights(finished / "runs")
     made = hubdiff.recycle(plan, force=True)
     assert made.report["finished"]
     assert made.report["steps"][1]["check"]["verdict"] == "refuse"
-    assert {path: weights(here / "runs")[path] for path in done} == done
+    assert {path: weights(finished / "runs")[path] for path in done} == done
 
 
 # --- on the Hub ---
@@ -457,11 +457,11 @@ def test_a_delta_of_another_base_is_refused(here: Path, by_hand: dict[str, Path]
 # --- the report, and what is said ---
 
 
-def test_the_report_has_every_step_and_a_picture(here: Path) -> None:
-    hubdiff.recycle(write_plan(here, "./v1", "./v2"))
-    report = json.loads((here / "runs/report.json").read_text())
+def test_the_report_has_every_step_and_a_picture(finished: Path) -> None:
+    hubdiff.recycle(write_plan(finished, "./v1", "./v2"))
+    report = json.loads((finished / "runs/report.json").read_text())
     one, two = report["steps"]
-    logged = (here / "runs/2-v2/metrics.jsonl").read_text().splitlines()
+    logged = (finished / "runs/2-v2/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in logged]
     assert two["losses"] == [losses[0], losses[-1]]
     assert two["losses"][0] < one["losses"][0]
@@ -471,18 +471,20 @@ def test_the_report_has_every_step_and_a_picture(here: Path) -> None:
     assert two["check"]["cosine"] > 0.99
     assert 0 < two["check"]["drift"] < 0.1
     assert two["started_from"] == {"step": "1-v1", "delta": "./runs/1-v1-delta"}
-    sizes = [file.stat().st_size for file in (here / "runs/2-v2-delta").glob("delta-*.safetensors")]
+    sizes = [
+        file.stat().st_size for file in (finished / "runs/2-v2-delta").glob("delta-*.safetensors")
+    ]
     assert two["delta"]["bytes"] >= sum(sizes) > 0
     old, new = (
-        load_file(f / "model.safetensors") for f in (here / "v2", here / "runs/2-v2/master")
+        load_file(f / "model.safetensors") for f in (finished / "v2", finished / "runs/2-v2/master")
     )
     norm = sum(float((new[n].double() - old[n].double()).square().sum()) for n in old) ** 0.5
     assert two["delta"]["norm"] == pytest.approx(norm, rel=1e-3)
-    text = (here / "runs/report.md").read_text()
-    assert str(here) not in text + json.dumps(report)
+    text = (finished / "runs/report.md").read_text()
+    assert str(finished) not in text + json.dumps(report)
     for words in ("| 2-v2 | base + Δ of 1-v1 | go |", "](losses.png)", "`./runs/1-v1-delta`"):
         assert words in text
-    assert (here / "runs/losses.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished / "runs/losses.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_seconds_are_those_of_all_runs(tmp_path: Path) -> None:
@@ -511,9 +513,9 @@ def test_a_dry_run_says_the_steps_and_writes_nothing(here: Path, by_hand: dict[s
 
 
 def test_the_command_shows_a_table_or_one_json_object(
-    here: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = str(write_plan(here, "./v1", "./v2"))
+    plan = str(write_plan(finished, "./v1", "./v2"))
     assert cli(["recycle", plan, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"2-v2 +\./v2 +base \+ Δ of 1-v1 +\./runs/2-v2-delta +to do\n", shown)
@@ -521,7 +523,7 @@ def test_the_command_shows_a_table_or_one_json_object(
     assert cli(["recycle", plan]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"2-v2 +base \+ Δ of 1-v1 +go +[\d.]+ → [\d.]+ +", shown)
-    assert re.search(rf"Δ of 2-v2 +./runs/2-v2-delta\nreport +{here}/runs/report.md\n", shown)
+    assert re.search(rf"Δ of 2-v2 +./runs/2-v2-delta\nreport +{finished}/runs/report.md\n", shown)
     assert cli(["recycle", plan, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert [step["was"] for step in said["steps"]] == ["done", "done"]
