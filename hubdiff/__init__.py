@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hubdiff.jobs.check import check
     from hubdiff.jobs.connectivity import connectivity
     from hubdiff.jobs.diff import diff
+    from hubdiff.jobs.evaluate import evaluate
     from hubdiff.jobs.export import export
     from hubdiff.jobs.finetune import finetune
     from hubdiff.jobs.inspect import inspect
@@ -44,6 +45,7 @@ __all__ = [
     "check",
     "connectivity",
     "diff",
+    "evaluate",
     "export",
     "finetune",
     "inspect",
@@ -67,6 +69,7 @@ _HOMES = {
     "connectivity": "hubdiff.jobs.connectivity",
     "diff": "hubdiff.jobs.diff",
     "export": "hubdiff.jobs.export",
+    "evaluate": "hubdiff.jobs.evaluate",
     "finetune": "hubdiff.jobs.finetune",
     "inspect": "hubdiff.jobs.inspect",
     "lineage": "hubdiff.jobs.lineage",

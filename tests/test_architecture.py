@@ -83,6 +83,7 @@ def test_the_public_surface_is_this():
         "check",
         "connectivity",
         "diff",
+        "evaluate",
         "export",
         "finetune",
         "inspect",

@@ -35,6 +35,7 @@ COMMANDS = {
     "lineage": "lineage",
     "tag": "tag",
     "alias": "alias",
+    "eval": "evaluate",
     "finetune": "finetune",
     "recycle": "recycle",
     "connectivity": "connectivity",

@@ -30,7 +30,7 @@ from hubdiff.manifest import read_manifest
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.sidecars import Carried, classify
-from hubdiff.writer import disk_errors, only_run, output_folder, refuse_place
+from hubdiff.writer import disk_errors, only_run, output_folder, refuse_place, write_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -313,9 +313,7 @@ class _Finetune:
                     )
                 shutil.rmtree(self._work)
             self._work.mkdir(parents=True, exist_ok=True)
-            whole = file.with_suffix(".part")
-            whole.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-            whole.replace(file)
+            write_whole(file, (json.dumps(run, indent=2) + "\n").encode())
         if self._delta is not None and not (self._work / "start").is_dir():
             apply(
                 _again(self._delta),

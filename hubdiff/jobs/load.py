@@ -103,6 +103,26 @@ def load(
     )
 
 
+def side_files(
+    delta: str | Path | Sequence[DeltaRef],
+    target: str | Path,
+    folder: Path,
+    *,
+    scale: float | Mapping[str, float] = 1.0,
+) -> None:
+    """What a result has beside its weights (config, tokenizer), into ``folder``. No weight is
+    merged for it."""
+    with opened_models(delta, target, False) as (opened, onto):
+        plan = make_plan(opened, onto, scale=Scales.of(scale))
+        headers = _headers(plan)
+        plan = replace(plan, weights=(), files=_without(plan.files, headers))
+        import torch
+
+        from hubdiff import merge
+
+        merge.run(plan, Memory(folder, headers, torch.device("cpu")), "cpu", Silent())
+
+
 def _one_device(wanted: dict[str, Any]) -> torch.device | None:
     """The device that all of the model is to be on, or None: then it takes a folder."""
     if _NEEDS_FOLDER & {name for name, value in wanted.items() if value is not None}:

@@ -46,7 +46,7 @@ from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.summary import summarise
 from hubdiff.verdict import REFUSE
-from hubdiff.writer import disk_errors, only_run, refuse_place
+from hubdiff.writer import disk_errors, only_run, refuse_place, write_whole
 
 STATE = "recycle.json"
 DONE, TRAINED, BEGUN, TO_DO, AGAIN = "done", "trained", "begun", "to do", "to be made again"
@@ -143,11 +143,9 @@ class _State:
             ) from error
 
     def write(self, file: Path) -> None:
-        part = file.with_name(f".{file.name}.part")
         with disk_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(vars(self), indent=2) + "\n", encoding="utf-8")
-            part.replace(file)
+        write_whole(file, (json.dumps(vars(self), indent=2) + "\n").encode())
 
 
 class _Recycle:

@@ -13,7 +13,7 @@ from hubdiff.files import open_tree
 from hubdiff.manifest import read_manifest
 from hubdiff.refs import ModelRef
 from hubdiff.signing import SIGNATURE, sign_manifest
-from hubdiff.writer import disk_errors
+from hubdiff.writer import write_whole
 
 PASSWORD = "HUBDIFF_KEY_PASSWORD"
 
@@ -52,14 +52,7 @@ def sign(delta: str | Path, *, key: str | Path | None = None) -> Signed:
     )
     by = "Sigstore" if key is None else f"the key {Path(key).name}"
     if ref.path is not None:
-        file, new = ref.path / SIGNATURE, ref.path / f".{SIGNATURE}.part"
-        with disk_errors(file):
-            new.unlink(missing_ok=True)
-            try:
-                new.write_bytes(data)
-                os.replace(new, file)  # a link that stands there is replaced, not followed
-            finally:
-                new.unlink(missing_ok=True)  # a full disk leaves nothing behind
+        write_whole(ref.path / SIGNATURE, data)
         return Signed(str(tree.pin), by)
     from hubdiff.hub import HubUpload
 

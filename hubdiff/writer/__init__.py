@@ -31,6 +31,7 @@ from hubdiff.writer.output import (
     disk_errors,
     require_place,
     write_all,
+    write_whole,
 )
 from hubdiff.writer.place import output_folder, refuse_place
 from hubdiff.writer.sink import DELTA, RESULT, Kind, Published, Sink
@@ -57,6 +58,7 @@ __all__ = [
     "refuse_place",
     "require_place",
     "write_all",
+    "write_whole",
 ]
 
 

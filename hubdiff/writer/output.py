@@ -86,3 +86,16 @@ def disk_errors(path: Path) -> Iterator[None]:
             f"{path} can't be written: {error.strerror}",
             next_step="Check that the folder exists and that you may write there.",
         ) from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that under its name there is the old one or all of the new one. A link
+    that stands there is replaced, not followed."""
+    part = path.with_name(f".{path.name}.part")
+    with disk_errors(path):
+        part.unlink(missing_ok=True)
+        try:
+            part.write_bytes(data)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)  # a full disk leaves nothing behind

@@ -1,0 +1,465 @@
+"""evaluate: what a model, or a base with deltas on it, can do, by lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hubdiff.errors import HubdiffError
+from hubdiff.files import FileTree, open_tree
+from hubdiff.jobs.finetune import require_all, usable_model
+from hubdiff.jobs.load import load, model_class, side_files
+from hubdiff.jobs.merging import choose_device
+from hubdiff.lab.suites import wanted_tasks
+from hubdiff.progress import Progress, Silent
+from hubdiff.refs import ModelRef, parse_weighted
+from hubdiff.sidecars import Carried, classify
+from hubdiff.writer import disk_errors, write_whole
+
+if TYPE_CHECKING:
+    from hubdiff.lab.harness import Tasks
+    from hubdiff.lab.scores import TaskScore
+
+RESULTS, SAMPLES = "results.json", "samples"
+BACKENDS = ("accelerate", "vllm")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a ``model`` and ``deltas`` on it, each pinned, with its weight."""
+
+    model: FileTree
+    deltas: tuple[tuple[FileTree, float], ...]
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str | Path, scale: float = 1.0) -> Subject:
+        """MODEL, or MODEL+DELTA+… Raises ``RefError`` and what comes of refs that lead nowhere."""
+        words = [str(text)] if Path(text).exists() else str(text).split("+")
+        deltas = [parse_weighted(word) for word in words[1:]]
+        if scale != 1.0 and not deltas:
+            raise HubdiffError(
+                f"{text} has no delta that a scale could be of",
+                next_step="Write MODEL+DELTA, or leave the scale out.",
+            )
+        return cls(
+            open_tree(ModelRef.parse(words[0]), cache=False),
+            tuple((open_tree(ref, cache=False), weight) for ref, weight in deltas),
+            scale,
+        )
+
+    def __str__(self) -> str:
+        words = [str(self.model.pin)]
+        words += [f"{d.pin}:{w:g}" if w != 1 else str(d.pin) for d, w in self.deltas]
+        return " + ".join(words)
+
+    def identity(self) -> list[Any]:
+        """What answers depend on: pins, and of folders the files."""
+        trees = [self.model, *(tree for tree, _ in self.deltas)]
+        return [self.scale, *(w for _, w in self.deltas), *map(_identity, trees)]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """``limit``: how many examples of each task, None for all of them."""
+
+    model: str
+    scale: float
+    scores: tuple[TaskScore, ...]
+    limit: int | None
+    chat_template: bool
+    seconds: float
+    libraries: Mapping[str, str]
+    settings: Mapping[str, Any]
+    samples: Mapping[str, list[dict[str, Any]]] = field(repr=False, default_factory=dict)
+    card: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "scale": self.scale,
+            "scores": [score.as_json() for score in self.scores],
+            "limit": self.limit,
+            "chat_template": self.chat_template,
+            "seconds": round(self.seconds, 3),
+            "libraries": dict(self.libraries),
+            "settings": dict(self.settings),
+            "card": self.card,
+        }
+
+    def write(self, folder: Path) -> None:
+        """``results.json``, and for each task what was said to every example."""
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        for task, lines in self.samples.items():
+            text = "".join(json.dumps(line, default=_plain) + "\n" for line in lines)
+            write_whole(folder / f"{SAMPLES}_{task}.jsonl", text.encode())
+        write_whole(folder / RESULTS, (json.dumps(self.as_json(), indent=2) + "\n").encode())
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    suite: str | None = None,
+    limit: int | None = None,
+    scale: float = 1.0,
+    chat_template: bool = False,
+    batch: int = 8,
+    seed: int = 1234,
+    device: str = "auto",
+    spread: bool = False,
+    backend: str = BACKENDS[0],
+    output: str | Path | None = None,
+    card: str | Path | None = None,
+    create_pr: bool = False,
+    progress: Progress | None = None,
+) -> Evaluated | None:
+    """Evaluate ``model`` by lm-evaluation-harness.
+
+    Args:
+        model: a ref or a folder; with deltas on it ``MODEL+DELTA…``, each with ``:WEIGHT`` or not:
+            they are merged in memory, and nothing of the result is written.
+        tasks, suite: tasks of the harness, YAML files, ``SUITE/NAME``; and a suite of hubdiff's.
+        limit: examples of each task. A number for trying out, not for reporting.
+        scale: for all deltas.
+        chat_template: write prompts with the tokenizer's.
+        spread: over all GPUs, where one does not hold the model.
+        backend: ``accelerate``, or ``vllm`` where that is installed, which reads the merged model
+            from a folder: in memory (/dev/shm) where there is room.
+        output: a folder for ``results.json`` and what the model said to each example.
+        card: a model folder or a repo whose card takes the scores.
+        create_pr: as a pull request.
+
+    A run that was stopped goes on from the answers it has when it is called the same way again.
+    Under ``accelerate launch`` each process answers its share; those that are not the first get
+    None. Needs ``pip install "hubdiff[eval]"``. Raises ``HubdiffError``.
+    """
+    asked = Asked(tuple(tasks), suite, limit, chat_template, batch, seed, device, spread, backend)
+    _require_places(output, card)
+    bench = Bench(asked, progress)
+    made = bench.evaluate(model, scale)
+    if made is not None and card is not None:
+        made = replace(made, card=_to_card(made, ModelRef.parse(card), create_pr))
+    if made is not None and output is not None:
+        made.write(Path(output))
+    bench.finish()
+    return made
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which tasks, and how they are put to a model: the arguments of ``evaluate``."""
+
+    tasks: tuple[str, ...]
+    suite: str | None
+    limit: int | None
+    chat_template: bool
+    batch: int
+    seed: int
+    device: str
+    spread: bool
+    backend: str
+
+
+class Bench:
+    """Models evaluated on the same tasks, one after the other. Answers are kept until ``finish``,
+    so that a stopped run goes on from them. Raises ``HubdiffError`` for what can't be asked."""
+
+    def __init__(self, asked: Asked, progress: Progress | None = None) -> None:
+        require_extra(asked.backend)
+        if asked.batch < 1 or (asked.limit is not None and asked.limit < 1):
+            raise HubdiffError(
+                "there must be an example in each batch, and one of each task",
+                next_step="Check --batch-size and --limit.",
+            )
+        wanted = wanted_tasks(list(asked.tasks), asked.suite)
+        self._how = replace(asked, device=choose_device(asked.device))
+        self._progress = progress or Silent()
+        self._states: list[Path] = []
+        from hubdiff.lab.harness import Tasks
+        from hubdiff.lab.training import quiet
+
+        with quiet():
+            self._tasks = Tasks(wanted)
+
+    def evaluate(self, model: str | Path, scale: float = 1.0) -> Evaluated | None:
+        """None in processes that are not the first."""
+        from hubdiff.lab.training import quiet
+
+        subject = Subject.parse(model, scale)
+        state = _state(subject, self._how)
+        self._states.append(state)
+        with quiet():
+            made = _evaluate(subject, self._tasks, self._how, state, self._progress)
+        gc.collect()  # a model is full of cycles: two of them would be in memory
+        return made
+
+    def finish(self) -> None:
+        """All is kept elsewhere: the answers may go."""
+        if int(os.environ.get("RANK", 0)) == 0:
+            for state in self._states:
+                shutil.rmtree(state, ignore_errors=True)
+
+
+def require_extra(backend: str = BACKENDS[0]) -> None:
+    if backend not in BACKENDS:
+        raise HubdiffError(
+            f"there is no backend {backend!r}", next_step=f"Use {' or '.join(BACKENDS)}."
+        )
+    missing = [name for name in ("lm_eval", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise HubdiffError(
+            f"evaluating needs {', '.join(missing)}, which is not installed",
+            next_step="Run pip install 'hubdiff[eval]'.",
+        )
+    if backend == "vllm" and find_spec("vllm") is None:
+        raise HubdiffError(
+            "vllm is not installed", next_step="Run pip install vllm, or use --backend accelerate."
+        )
+
+
+def _require_places(output: str | Path | None, card: str | Path | None) -> None:
+    """What would keep the scores from being kept, before hours are spent on them."""
+    if output is not None:
+        require_output(Path(output))
+    if card is None:
+        return
+    ref = ModelRef.parse(card)
+    if ref.path is None:
+        from hubdiff.hub import require_token
+
+        require_token()
+        open_tree(ref, cache=False)
+    elif not ref.path.is_dir():
+        raise HubdiffError(
+            f"there is no folder {card} whose card could take the scores",
+            next_step="Give a model folder, or a repo.",
+        )
+
+
+def require_output(path: Path) -> None:
+    """A folder that can be written, made where there is none."""
+    if path.exists() and not path.is_dir():
+        raise HubdiffError(f"{path} is no folder", next_step="Give another --output.")
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def _identity(tree: FileTree) -> list[Any]:
+    pin = tree.pin
+    if pin.path is None:
+        return [pin.repo, pin.commit]
+    files = sorted(path for path in pin.path.rglob("*") if path.is_file())
+    stats = [(str(path), path.stat()) for path in files]
+    return [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+
+
+def _state(subject: Subject, how: Asked) -> Path:
+    """Where answers are kept: for this model, asked in this way, with these libraries."""
+    from huggingface_hub.constants import HF_HOME
+
+    asked = [how.device, how.spread, how.backend, how.batch, how.chat_template, how.seed]
+    words = json.dumps([subject.identity(), asked, _libraries()])
+    key = hashlib.sha256(words.encode()).hexdigest()[:24]
+    return Path(os.environ.get("HF_HOME", HF_HOME)) / "hubdiff" / "evaluations" / key
+
+
+def _libraries() -> dict[str, str]:
+    return {name: version(name) for name in ("lm_eval", "transformers", "torch")}
+
+
+def _evaluate(
+    subject: Subject, tasks: Tasks, how: Asked, state: Path, progress: Progress
+) -> Evaluated | None:
+    began = time.monotonic()
+    with disk_errors(state):
+        state.mkdir(parents=True, exist_ok=True)
+    with _model(subject, how, progress) as model:
+        progress.note(f"evaluating {subject}")
+        found = tasks.run(
+            model,
+            limit=how.limit,
+            chat_template=how.chat_template,
+            seed=how.seed,
+            answers=state / "answers",
+        )
+    if found is None:
+        return None
+    return Evaluated(
+        str(subject),
+        subject.scale,
+        tasks.scores(found),
+        how.limit,
+        how.chat_template,
+        time.monotonic() - began,
+        _libraries(),
+        {
+            "device": how.device,
+            "backend": how.backend,
+            "batch": how.batch,
+            "seed": how.seed,
+            "dtype": str(getattr(model.model, "dtype", "")).removeprefix("torch."),
+        },
+        found["samples"],
+    )
+
+
+@contextmanager
+def _model(subject: Subject, how: Asked, progress: Progress) -> Iterator[Any]:
+    """The model as the harness takes it."""
+    with tempfile.TemporaryDirectory(prefix="hubdiff-") as small:
+        if how.backend == "vllm":
+            yield _vllm(subject, Path(small), how)
+            return
+        from hubdiff.lab.harness import Model
+
+        folder = Path(small)
+        _side_files(subject, folder)
+        with usable_model(f"the config or the tokenizer of {subject}"):
+            model = Model(
+                folder,
+                lambda device: _load(subject, folder, device),
+                progress,
+                device=how.device,
+                parallelize=how.spread,
+                batch_size=how.batch,
+            )
+        if how.chat_template and not model.tokenizer.chat_template:
+            raise HubdiffError(
+                f"the tokenizer of {subject} has no chat template",
+                next_step="Leave --apply-chat-template out, or put chat_template.jinja beside it.",
+            )
+        yield model
+
+
+def _side_files(subject: Subject, folder: Path) -> None:
+    if subject.deltas:
+        side_files(_deltas(subject), again(subject.model), folder, scale=subject.scale)
+        return
+    for path, info in subject.model.files().items():
+        small = "/" not in path and info.size < 64 << 20
+        if small and isinstance(classify(path, info.size, frozenset()), Carried):
+            (folder / path).write_bytes(subject.model.read_bytes(path))
+
+
+def _load(subject: Subject, folder: Path, device: str) -> Any:
+    import torch
+
+    where = None if device == "cpu" else device
+    try:
+        if subject.deltas:
+            return load(
+                _deltas(subject),
+                again(subject.model),
+                scale=subject.scale,
+                device_map=where,
+                dtype="auto",
+            )
+        pin = subject.model.pin
+        with usable_model(str(subject)):
+            model, loading = model_class(folder).from_pretrained(
+                str(pin.path or pin.repo),
+                revision=pin.commit or "main",
+                dtype="auto",
+                device_map=where,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        require_all(loading, str(pin))
+        return model
+    except torch.OutOfMemoryError as error:
+        raise HubdiffError(
+            f"the memory of {device} does not hold {subject}",
+            next_step="Spread it over all GPUs with --spread, or use --device cpu.",
+        ) from error
+
+
+def _vllm(subject: Subject, folder: Path, how: Asked) -> Any:
+    """vLLM reads a folder: that of the merged model lies in memory where there is room."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    from hubdiff.jobs.apply import apply
+
+    place = str(subject.model.pin.path or subject.model.pin.repo)
+    revision = subject.model.pin.commit or "main"
+    if subject.deltas:
+        size = sum(info.size for info in subject.model.files().values())
+        shared = Path("/dev/shm")
+        if shared.is_dir() and shutil.disk_usage(shared).free > 1.2 * size:
+            folder = Path(tempfile.mkdtemp(prefix="hubdiff-", dir=shared))
+        try:
+            apply(
+                _deltas(subject),
+                again(subject.model),
+                output=folder / "model",
+                scale=subject.scale,
+                force=True,
+            )
+            return VLLM(str(folder / "model"), batch_size=how.batch, seed=how.seed)
+        finally:
+            if folder.parent == shared:
+                shutil.rmtree(folder, ignore_errors=True)
+    return VLLM(place, revision=revision, batch_size=how.batch, seed=how.seed)
+
+
+def _deltas(subject: Subject) -> list[tuple[str | Path, float]]:
+    return [(again(tree), weight) for tree, weight in subject.deltas]
+
+
+def again(tree: FileTree) -> str | Path:
+    """A ref to the very same commit, or folder."""
+    pin = tree.pin
+    return pin.path if pin.path is not None else f"{pin.repo}@{pin.commit}"
+
+
+# --- where scores are kept ---
+
+
+def _plain(value: Any) -> Any:
+    """numpy's numbers, and whatever else a task of the harness may have."""
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _to_card(made: Evaluated, ref: ModelRef, create_pr: bool) -> str:
+    from hubdiff.hub import HubUpload, benchmark_tasks
+    from hubdiff.lab.score_card import benchmark_files, with_scores
+
+    how = f"lm-evaluation-harness {made.libraries['lm_eval']}"
+    if made.limit is not None:
+        how += f", the first {made.limit:,} examples of each task only"
+    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    # Part of a task is no result of a benchmark.
+    whole = made.scores if made.limit is None else ()
+    files = benchmark_files(whole, benchmark_tasks, how, date)
+    name = ref.repo or (ref.path.resolve().name if ref.path else "")
+    if ref.path is not None:
+        card = ref.path / "README.md"
+        old = card.read_text(encoding="utf-8") if card.is_file() else ""
+        files["README.md"] = with_scores(old, name, made.scores, how)
+        with disk_errors(ref.path):
+            for path, text in files.items():
+                (ref.path / path).parent.mkdir(exist_ok=True)
+                write_whole(ref.path / path, text.encode())
+        return str(ref.path)
+    assert ref.repo is not None
+    upload = HubUpload(ref.repo, revision=ref.revision, create_pr=create_pr)
+    there = "README.md" in upload.existing_files()
+    old = upload.read("README.md").decode("utf-8") if there else ""
+    files["README.md"] = with_scores(old, name, made.scores, how)
+    for path, text in files.items():
+        upload.add_bytes(path, text.encode())
+    done = upload.commit("Add evaluation results")
+    return done.pr_url or done.url

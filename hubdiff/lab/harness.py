@@ -1,0 +1,294 @@
+"""lm-evaluation-harness, on a model that hubdiff merges in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import numpy as np
+import torch
+from lm_eval.api.model import CacheHook, CachingLM
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+
+from hubdiff.errors import HubdiffError
+from hubdiff.hub import dataset_commit
+from hubdiff.lab.scores import Key, Measured, TaskScore, pooled
+from hubdiff.lab.suites import Wanted
+from hubdiff.progress import Progress
+
+VERSION = lm_eval.__version__
+_RESAMPLED = 1000  # times, for the standard error of a metric that is no mean
+# A model on the device of that name, or spread over all ("auto").
+Load = Callable[[str], Any]
+
+
+class Model(HFLM):
+    """The harness's own model of transformers, but for where its weights come from. ``folder`` has
+    the config and the tokenizer; ``load`` makes the rest on a device."""
+
+    def __init__(self, folder: Path, load: Load, progress: Progress, **wanted: Any) -> None:
+        self._load, self._progress = load, progress
+        super().__init__(str(folder), trust_remote_code=False, **wanted)
+
+    def _create_model(self, pretrained: str, parallelize: bool = False, **_: Any) -> None:
+        self._model = self._load("auto" if parallelize else str(self.device))
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        self.cache_hook = _Counted(cache_hook, self._progress)
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        with self._shown(requests):
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        with self._shown(requests):
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = True) -> Any:
+        with self._shown(requests):
+            return super().generate_until(requests, disable_tqdm=True)
+
+    @contextlib.contextmanager
+    def _shown(self, requests: Any) -> Iterator[None]:
+        self._progress.start("answering", len(requests), "requests")
+        yield
+        self._progress.finish()
+
+
+class _Counted(CacheHook):
+    """Every answer is kept as soon as it is there, which is what a stopped run goes on from."""
+
+    def __init__(self, hook: CacheHook, progress: Progress) -> None:
+        self._hook, self._progress = hook, progress
+
+    def add_partial(self, attr: str, req: Any, res: Any) -> None:
+        self._hook.add_partial(attr, req, res)
+        self._progress.advance(1)
+
+
+class Tasks:
+    """The tasks of an evaluation, found and their data read. Raises ``HubdiffError`` for one that
+    does not exist, whose data can't be had, or that is another than its suite was written for."""
+
+    def __init__(self, wanted: Sequence[Wanted]) -> None:
+        self.wanted = tuple(wanted)
+        gone = [one.task for one in wanted if _names_file(one.task) and not _is_file(one.task)]
+        if gone:
+            raise HubdiffError(
+                f"there is no file {gone[0]}", next_step="Check the path of the task."
+            )
+        # The harness's own tasks are thousands of files, which take seconds to list.
+        only_files = all(_is_file(one.task) for one in wanted)
+        self._manager = TaskManager(include_defaults=not only_files)
+        self.loaded = [self._load(one) for one in wanted]
+        names = [name for tasks in self.loaded for name in tasks]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise HubdiffError(
+                f"the task {twice} is asked for twice", next_step="Name each task once."
+            )
+
+    def _load(self, wanted: Wanted) -> dict[str, Any]:
+        """The harness's own task objects by name, of one that is asked for."""
+        if not _is_file(wanted.task) and wanted.task not in self._manager.task_index:
+            raise _no_task(wanted.task, self._manager.all_tasks)
+        try:
+            with _quiet():
+                found = self._manager.load([wanted.task])["tasks"]
+        except KeyboardInterrupt:
+            raise
+        except Exception as error:  # a task is code and data of its own: anything may come of it
+            raise HubdiffError(
+                f"the task {wanted.name} can't be used: {type(error).__name__}: {error}",
+                next_step="Is its data there, and may you read it? lm_eval validate --tasks "
+                f"{wanted.task} says more.",
+            ) from error
+        for name, task in found.items():
+            _require_pinned(wanted, name, task)
+            if getattr(task, "UNSAFE_CODE", False):
+                raise HubdiffError(
+                    f"the task {name} runs code that the model writes",
+                    next_step="Write the result out with hubdiff apply, and run lm_eval "
+                    "--confirm_run_unsafe_code on it where nothing can be harmed.",
+                )
+        return dict(found)
+
+    def run(
+        self,
+        model: Model,
+        *,
+        limit: int | None,
+        chat_template: bool,
+        seed: int,
+        answers: Path,
+    ) -> dict[str, Any] | None:
+        """What the harness says of ``model``; None in processes that are not the first. Answers are
+        kept in ``answers``, and taken from there."""
+        _seed(seed)
+        tasks = {name: task for tasks in self.loaded for name, task in tasks.items()}
+        for task in tasks.values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=seed)
+        with _quiet():
+            kept = CachingLM(model, f"{answers}-{model.rank}.db")
+            found: dict[str, Any] | None = lm_eval.evaluate(
+                kept,
+                task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
+                limit=limit,
+                apply_chat_template=chat_template,
+                fewshot_as_multiturn=chat_template,
+                bootstrap_iters=_RESAMPLED,
+            )
+            kept.dbdict.close()
+        return found
+
+    def scores(self, found: Mapping[str, Any]) -> tuple[TaskScore, ...]:
+        """A score for each task that was asked for."""
+        return tuple(
+            _score(wanted, tasks, found)
+            for wanted, tasks in zip(self.wanted, self.loaded, strict=True)
+        )
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _is_file(task: str) -> bool:
+    return _names_file(task) and Path(task).is_file()
+
+
+def _names_file(task: str) -> bool:
+    return task.endswith((".yaml", ".yml"))
+
+
+def _no_task(name: str, known: Sequence[str]) -> HubdiffError:
+    near = get_close_matches(name, known, 3)
+    return HubdiffError(
+        f"lm-evaluation-harness {VERSION} has no task {name!r}",
+        next_step=(f"Did you mean {' or '.join(near)}? " if near else "")
+        + "lm_eval ls tasks lists them; a task of your own is a YAML file.",
+    )
+
+
+def _require_pinned(wanted: Wanted, name: str, task: Any) -> None:
+    """Raise where a task is not the one that its suite was written for."""
+    if wanted.version is None:
+        return
+    version, fewshot = float(task.VERSION), int(task.get_config("num_fewshot") or 0)
+    if (version, fewshot) != (wanted.version, wanted.fewshot):
+        raise HubdiffError(
+            f"{wanted.name} is {name} {wanted.version} with {wanted.fewshot} examples, and "
+            f"lm-evaluation-harness {VERSION} has {version} with {fewshot}: the numbers would not "
+            "compare",
+            next_step=f"Take the harness's own with --tasks {wanted.task}, or another harness.",
+        )
+
+
+def _score(wanted: Wanted, tasks: Mapping[str, Any], found: Mapping[str, Any]) -> TaskScore:
+    measured = [one for name in tasks for one in _measured(name, found)]
+    if not measured:
+        raise HubdiffError(
+            f"{wanted.name} measured nothing that is a number",
+            next_step="Give the task a metric_list.",
+        )
+    metrics = wanted.metrics or (f"{measured[0].metric},{measured[0].filter}",)
+    chosen = [one for one in measured if f"{one.metric},{one.filter}" in metrics]
+    if len(chosen) < len(metrics) * len(tasks):
+        raise HubdiffError(
+            f"{wanted.name}: not each of its tasks has {' and '.join(metrics)}",
+            next_step="Name tasks that are measured alike, or each by itself.",
+        )
+    value, stderr = pooled(chosen, len(metrics))
+    first = next(iter(tasks.values()))
+    dataset = first.get_config("dataset_path")
+    on_hub = isinstance(dataset, str) and dataset.count("/") == 1 and not Path(dataset).exists()
+    named_by_file = wanted.name == wanted.task and _is_file(wanted.task) and len(tasks) == 1
+    return TaskScore(
+        next(iter(tasks)) if named_by_file else wanted.name,
+        metrics,
+        value,
+        stderr,
+        chosen[0].higher_is_better,
+        sum(one.examples for one in chosen) // len(metrics),
+        int(first.get_config("num_fewshot") or 0),
+        str(first.VERSION),
+        dataset if on_hub else None,
+        first.get_config("dataset_name") if on_hub else None,
+        dataset_commit(dataset) if on_hub else None,
+        str(first.get_config("output_type")),
+        tuple(measured),
+        _outcomes(list(tasks), metrics, found),
+    )
+
+
+def _measured(task: str, found: Mapping[str, Any]) -> Iterator[Measured]:
+    numbers = found["results"][task]
+    higher = found["higher_is_better"].get(task, {})
+    for key, value in numbers.items():
+        metric, comma, picked = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = numbers.get(f"{metric}_stderr,{picked}")
+        known = isinstance(stderr, int | float) and math.isfinite(stderr)
+        yield Measured(
+            task,
+            metric,
+            picked,
+            float(value),
+            float(stderr) if known else None,
+            bool(higher.get(metric, True)),
+            int(found["n-samples"][task]["effective"]),
+        )
+
+
+def _outcomes(
+    tasks: Sequence[str], metrics: Sequence[str], found: Mapping[str, Any]
+) -> dict[Key, float]:
+    """What each example came to: the mean of the metrics, where they are numbers of one example
+    (perplexities are not)."""
+    values: dict[Key, list[float]] = {}
+    for task in tasks:
+        for sample in found["samples"][task]:
+            for metric in metrics:
+                name, _, picked = metric.partition(",")
+                if sample["filter"] != picked or name not in sample:
+                    continue
+                try:
+                    number = float(np.mean(sample[name]))
+                except (TypeError, ValueError):
+                    continue
+                values.setdefault((task, int(sample["doc_id"])), []).append(number)
+    return {key: sum(found) / len(found) for key, found in values.items()}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither bars nor advice nor prints of the harness; the caller's own settings again after."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate")]
+    levels = [logger.level for logger in loggers]
+    original = tqdm.__init__
+    tqdm.__init__ = partialmethod(original, disable=True)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.__init__ = original
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,450 @@
+"""eval: a real harness on a real (tiny) model; what it says of target + Δ in memory is what it says
+of the folder that apply writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import PutRepo
+from huggingface_hub import HfApi, ModelCard
+
+import hubdiff
+from hubdiff.cli import run as cli
+from hubdiff.devhub import DevHub
+from hubdiff.errors import HubdiffError
+from hubdiff.jobs.evaluate import Evaluated
+from hubdiff.lab.scores import Measured, TaskScore, pooled
+from hubdiff.lab.suites import read_suites
+
+lm_eval = pytest.importorskip("lm_eval")
+
+from tiny_tasks import choice_task, make_tuned, sort_task  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where answers of a stopped run are kept."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    return make_tuned(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("tasks")
+    return [str(sort_task(folder)), str(choice_task(folder))]
+
+
+def run(model: str | Path, tasks: list[str], **more: Any) -> Evaluated:
+    made = hubdiff.evaluate(model, tasks=tasks, device="cpu", **more)
+    assert made is not None
+    return made
+
+
+def on(base: Path, delta: Path) -> str:
+    return f"{base}+{delta}"
+
+
+# --- what it measures ---
+
+
+def test_a_delta_in_memory_scores_as_the_folder_that_apply_writes(
+    family: tuple[Path, Path, Path],
+    tasks: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base, _, delta = family
+    hubdiff.apply(delta, base, output=tmp_path / "result", scale=0.5, force=True)
+    monkeypatch.setattr("hubdiff.jobs.load._load_by_folder", _never)
+    ours = run(on(base, delta), tasks, scale=0.5)
+    theirs = lm_eval.simple_evaluate(
+        "hf",
+        {"pretrained": str(tmp_path / "result"), "device": "cpu"},
+        tasks=tasks,
+        batch_size=8,
+        task_manager=lm_eval.tasks.TaskManager(include_defaults=False),
+    )
+    for score, name, metric in zip(
+        ours.scores, ("sort_letters", "pick_letters"), ("exact_match", "acc"), strict=True
+    ):
+        assert score.name == name
+        assert score.examples == 40
+        assert score.value == theirs["results"][name][f"{metric},none"]
+        assert score.stderr == pytest.approx(theirs["results"][name][f"{metric}_stderr,none"])
+        said = [line["filtered_resps"] for line in theirs["samples"][name]]
+        assert [line["filtered_resps"] for line in ours.samples[name]] == said
+
+
+def _never(*_: Any, **__: Any) -> None:
+    raise AssertionError("the result was written")
+
+
+def test_the_delta_brings_the_skill(family: tuple[Path, Path, Path], tasks: list[str]) -> None:
+    base, tuned, delta = family
+    without, with_delta, itself = (
+        run(model, tasks[:1]).scores[0].value for model in (base, on(base, delta), tuned)
+    )
+    assert without == 0
+    assert with_delta == itself > 0.5
+
+
+def test_weights_and_scale_multiply(family: tuple[Path, Path, Path], tasks: list[str]) -> None:
+    base, _, delta = family
+    one = run(f"{base}+{delta}:0.5", tasks)
+    other = run(on(base, delta), tasks, scale=0.5)
+    assert [s.value for s in one.scores] == [s.value for s in other.scores]
+    assert one.model.endswith(":0.5")
+    none = run(f"{base}+{delta}:0", tasks)
+    assert [s.value for s in none.scores] == [s.value for s in run(base, tasks).scores]
+
+
+def test_two_processes_say_what_one_says(
+    family: tuple[Path, Path, Path], tasks: list[str], tmp_path: Path
+) -> None:
+    base, _, delta = family
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "hubdiff"]
+    command += ["eval", on(base, delta), "--tasks", ",".join(tasks), "--scale", "0.6"]
+    done = subprocess.run(
+        [sys.executable, *command, "--json", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ours = run(on(base, delta), tasks, scale=0.6)
+    found = json.loads(done.stdout)
+    assert [s["value"] for s in found["scores"]] == [s.value for s in ours.scores]
+    assert [s["examples"] for s in found["scores"]] == [40, 40]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "value", "stderr"),
+    [
+        ([(10, 0.5, 0.1)], 0.5, 0.1),
+        ([(10, 1.0, 0.0), (30, 0.0, 0.0)], 0.25, 0.0),
+        ([(10, 0.5, 0.2), (10, 0.7, 0.2)], 0.6, 0.2 / math.sqrt(2)),
+        ([(10, 0.5, None), (10, 0.7, 0.2)], 0.6, None),
+    ],
+)
+def test_several_tasks_are_one_score(sizes: Any, value: float, stderr: float | None) -> None:
+    measured = [Measured("t", "acc", "none", v, s, True, n) for n, v, s in sizes]
+    found = pooled(measured, 1)
+    assert found[0] == pytest.approx(value)
+    assert found[1] == (stderr if stderr is None else pytest.approx(stderr))
+    # Two metrics of the same examples are no more evidence than one.
+    twice = pooled([*measured, *measured], 2)
+    assert twice == (pytest.approx(found[0]), found[1] and pytest.approx(found[1]))
+
+
+# --- stopped and run again ---
+
+
+class Stopping:
+    """Progress of a run that is stopped after so many answers."""
+
+    def __init__(self, after: int | None = None) -> None:
+        self.asked: list[int] = []
+        self.answered, self._after = 0, after
+
+    def start(self, what: str, total: int, unit: str = "") -> None:
+        if what == "answering":
+            self.asked.append(total)
+
+    def advance(self, count: int) -> None:
+        self.answered += count
+        if self._after is not None and self.answered >= self._after:
+            raise KeyboardInterrupt
+
+    def finish(self) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@pytest.mark.parametrize("after", [1, 17, 40, 75])
+def test_a_stopped_evaluation_goes_on(
+    after: int, family: tuple[Path, Path, Path], tasks: list[str], home: Path
+) -> None:
+    base, _, delta = family
+    model = on(base, delta)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tasks, scale=0.5, progress=Stopping(after))
+    assert list(home.rglob("answers*"))
+    again = Stopping()
+    resumed = run(model, tasks, scale=0.5, progress=again)
+    assert sum(again.asked) == 40 + 80 - after
+    assert not list(home.rglob("answers*"))
+    whole = Stopping()
+    other = run(model, tasks, scale=0.5, progress=whole)
+    assert sum(whole.asked) == 40 + 80
+    assert [s.as_json() for s in resumed.scores] == [s.as_json() for s in other.scores]
+
+
+def test_answers_are_of_one_model_only(
+    family: tuple[Path, Path, Path], tasks: list[str], home: Path
+) -> None:
+    base, _, delta = family
+    with pytest.raises(KeyboardInterrupt):
+        run(on(base, delta), tasks, scale=0.5, progress=Stopping(30))
+    for model, more in ((base, {}), (on(base, delta), {"scale": 0.4}), (base, {"batch": 3})):
+        progress = Stopping()
+        run(model, tasks, progress=progress, **more)
+        assert sum(progress.asked) == 40 + 80
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"tasks": []}, "no task was named"),
+        ({"tasks": ["sort_leters.yaml"]}, "no file"),
+        ({"tasks": ["paper/gsm9k"]}, "Did you mean paper/gsm8k"),
+        ({"suite": "papers"}, "no suite 'papers'"),
+        ({"limit": 0}, "one of each task"),
+        ({"batch": 0}, "example in each batch"),
+        ({"backend": "vllm"}, "pip install vllm"),
+        ({"backend": "jax"}, "no backend"),
+        ({"scale": 0.5}, "no delta that a scale"),
+        ({"chat_template": True}, "no chat template"),
+        ({"card": "./nowhere"}, "no folder"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    more: dict[str, Any], says: str, family: tuple[Path, Path, Path], tasks: list[str]
+) -> None:
+    with pytest.raises(HubdiffError) as caught:
+        hubdiff.evaluate(family[0], **{"tasks": tasks, "device": "cpu", **more})
+    assert says in f"{caught.value} {caught.value.next_step}"
+
+
+def test_a_task_that_does_not_exist_is_named_before_the_model_is_read(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    with pytest.raises(HubdiffError, match="no task 'gsm8k_kot'") as caught:
+        hubdiff.evaluate(model, tasks=["gsm8k_kot"])
+    assert "gsm8k_cot" in str(caught.value.next_step)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"dataset_kwargs": {"data_files": "gone.jsonl"}}, "can't be used"),
+        ({"unsafe_code": True}, "runs code"),
+        ({"output_type": "guess"}, "can't be used"),
+    ],
+)
+def test_tasks_that_can_t_be_used_are_named(
+    changes: dict[str, Any], says: str, family: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    task = sort_task(tmp_path, **changes)
+    with pytest.raises(HubdiffError, match=says):
+        run(family[0], [str(task)])
+
+
+def test_a_task_is_not_asked_for_twice(
+    family: tuple[Path, Path, Path], tasks: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(HubdiffError, match="sort_letters is asked for twice"):
+        run(family[0], [tasks[0], str(sort_task(tmp_path))])
+
+
+# --- the suite of the paper ---
+
+
+def test_the_paper_s_suite_is_what_the_harness_has() -> None:
+    from lm_eval.tasks._index import Kind
+
+    manager = lm_eval.tasks.TaskManager()
+
+    def leaves(name: str) -> Iterator[dict[str, Any]]:
+        entry = manager.task_index[name]
+        config = manager._factory._load_full_config(entry, None)
+        if entry.kind is Kind.GROUP:
+            for child in config["task"]:
+                yield from leaves(child)
+        elif entry.kind is Kind.TAG:
+            for child in sorted(entry.tags):
+                yield from leaves(child)
+        else:
+            yield config
+
+    suite = read_suites()["paper"]
+    assert len(suite) == 10
+    for wanted in suite.values():
+        found = list(leaves(wanted.task))
+        assert found, wanted.name
+        for config in found:
+            assert float(config["metadata"]["version"]) == wanted.version, wanted.name
+            assert int(config.get("num_fewshot") or 0) == wanted.fewshot, wanted.name
+            filters = [one["name"] for one in config.get("filter_list", [])] or ["none"]
+            metrics = [one["metric"] for one in config["metric_list"]]
+            known = {f"{metric},{picked}" for metric in metrics for picked in filters}
+            assert set(wanted.metrics) <= known, wanted.name
+
+
+def test_another_version_of_a_suite_s_task_is_refused(
+    family: tuple[Path, Path, Path], tasks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hubdiff.lab import suites
+
+    pinned = suites.Wanted("own/sort", tasks[0], 1.0, 0, ("exact_match,none",))
+    other = suites.Wanted("own/sort", tasks[0], 2.0, 0, ("exact_match,none",))
+    for wanted in (pinned, other):
+        monkeypatch.setattr(suites, "read_suites", lambda w=wanted: {"own": {"sort": w}})
+        if wanted is pinned:
+            assert run(family[0], ["own/sort"]).scores[0].name == "own/sort"
+        else:
+            with pytest.raises(HubdiffError, match="would not compare"):
+                run(family[0], [], suite="own")
+
+
+# --- where scores go ---
+
+
+def score(name: str, value: float, dataset: str | None = None, stderr: float = 0.01) -> TaskScore:
+    measured = Measured(name, "acc", "none", value, stderr, True, 100)
+    commit = "a" * 40 if dataset else None
+    return TaskScore(
+        *(name, ("acc,none",), value, stderr, True, 100, 0, "1.0", dataset, None, commit),
+        *("multiple_choice", (measured,)),
+    )
+
+
+def test_scores_go_into_a_folder_and_its_card(
+    family: tuple[Path, Path, Path], tasks: list[str], tmp_path: Path
+) -> None:
+    base, _, delta = family
+    place = tmp_path / "result"
+    hubdiff.apply(delta, base, output=place, force=True)
+    before = ModelCard.load(place / "README.md")
+    made = run(on(base, delta), tasks, output=tmp_path / "out", card=place)
+    after = ModelCard.load(place / "README.md")
+    assert after.text == before.text
+    old, new = before.data.to_dict(), after.data.to_dict()
+    assert {k: v for k, v in new.items() if k != "model-index"} == old
+    found = {one.task_name: one for one in after.data.eval_results}
+    for one in made.scores:
+        assert found[one.name].metric_value == one.value
+        assert found[one.name].metric_args["stderr"] == pytest.approx(one.stderr)
+        assert f"± {one.stderr:.4f}" in found[one.name].metric_name
+    # A second time they take the place of the first.
+    run(on(base, delta), tasks, card=place, limit=5)
+    again = ModelCard.load(place / "README.md").data.eval_results
+    assert len(again) == 2
+    assert "the first 5 examples of each task only" in again[0].metric_name
+
+    document = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert document["scores"] == [json.loads(json.dumps(s.as_json())) for s in made.scores]
+    lines = (tmp_path / "out" / "samples_sort_letters.jsonl").read_text().splitlines()
+    assert len(lines) == 40
+    hits = [json.loads(line)["exact_match"] for line in lines]
+    assert sum(hits) / 40 == made.scores[0].value
+
+
+def test_only_registered_benchmarks_get_a_results_file(
+    devhub: DevHub,
+) -> None:
+    """The Hub's rule: a benchmark is a dataset with an eval.yaml, which lists its tasks."""
+    from hubdiff.hub import benchmark_tasks
+    from hubdiff.lab.score_card import benchmark_files
+
+    api = HfApi(endpoint=devhub.url, token=devhub.token("demo"))
+    for name, content in {
+        "org/one-task": "name: One\ntasks:\n- id: whole\n",
+        "org/two-tasks": "tasks:\n- id: hard\n- id: easy\n",
+        "org/odd": "tasks: 7\n",
+        "org/plain": None,
+    }.items():
+        api.create_repo(name, repo_type="dataset")
+        if content is not None:
+            api.upload_file(
+                path_or_fileobj=content.encode(),
+                path_in_repo="eval.yaml",
+                repo_id=name,
+                repo_type="dataset",
+            )
+    scores = [
+        score("a", 0.5, "org/one-task"),
+        score("easy", 0.25, "org/two-tasks"),
+        score("else", 0.5, "org/two-tasks"),
+        score("b", 0.5, "org/odd"),
+        score("c", 0.5, "org/plain"),
+        score("d", 0.5, "org/gone"),
+        score("local", 0.5),
+    ]
+    files = benchmark_files(scores, benchmark_tasks, "by hand", "2026-01-01T00:00:00Z")
+    found = [yaml.safe_load(text)[0] for text in files.values()]
+    assert [(e["dataset"]["id"], e["dataset"]["task_id"], e["value"]) for e in found] == [
+        ("org/one-task", "whole", 50.0),
+        ("org/two-tasks", "easy", 25.0),
+    ]
+    assert "± 1.00" in found[0]["notes"]
+    assert found[0]["dataset"]["revision"] == "a" * 40
+
+
+def test_scores_go_into_a_repo_s_card(
+    devhub: DevHub,
+    family: tuple[Path, Path, Path],
+    tasks: list[str],
+    put_repo: PutRepo,
+) -> None:
+    _, tuned, _ = family
+    repo = put_repo({p.name: p.read_bytes() for p in tuned.iterdir() if p.is_file()})
+    words = ["eval", repo, "--tasks", tasks[0], "--limit", "9", "--card", repo, "--json"]
+
+    def evaluated(*more: str) -> Any:  # transformers reads where the Hub is once, at import
+        line = [sys.executable, "-m", "hubdiff", *words, *more]
+        return json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
+
+    assert "discussions" in evaluated("--create-pr")["card"]
+    assert "model-index" not in _card(devhub, repo)
+    made = evaluated()
+    assert made["model"].startswith(f"{repo}@")
+    card = ModelCard(_card(devhub, repo))
+    assert card.data.eval_results[0].metric_value == made["scores"][0]["value"]
+
+
+def _card(devhub: DevHub, repo: str) -> str:
+    api = HfApi(endpoint=devhub.url, token=devhub.token("demo"))
+    return Path(api.hf_hub_download(repo, "README.md")).read_text()
+
+
+def test_a_card_that_can_t_be_read_is_left_alone(
+    family: tuple[Path, Path, Path], tasks: list[str], tmp_path: Path
+) -> None:
+    for number, text in enumerate(["---\na: [\n---\n", "---\nmodel-index: 7\n---\nwords\n"]):
+        place = tmp_path / str(number)
+        place.mkdir()
+        (place / "README.md").write_text(text)
+        with pytest.raises(HubdiffError, match="card can't take scores"):
+            run(family[0], tasks[:1], card=place, limit=2)
+        assert (place / "README.md").read_text() == text
+
+
+def test_a_page_and_a_document(
+    family: tuple[Path, Path, Path], tasks: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, _, delta = family
+    command = ["eval", on(base, delta), "--tasks", ",".join(tasks), "--limit", "6"]
+    assert cli(command) == 0
+    assert "sort_letters" in capsys.readouterr().out
+    assert cli([*command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [s["examples"] for s in document["scores"]] == [6, 6]
+    assert cli([*command, "--create-pr"]) == 2
+    assert "--card" in capsys.readouterr().err
