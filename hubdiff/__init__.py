@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hubdiff.delta import open_delta
     from hubdiff.jobs.apply import apply
     from hubdiff.jobs.check import check
+    from hubdiff.jobs.compare import compare
     from hubdiff.jobs.connectivity import connectivity
     from hubdiff.jobs.diff import diff
     from hubdiff.jobs.evaluate import evaluate
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from hubdiff.jobs.recycle import recycle
     from hubdiff.jobs.registry import list_deltas, search
     from hubdiff.jobs.sign import sign
+    from hubdiff.jobs.tune_scale import tune_scale
     from hubdiff.jobs.unpack import unpack
     from hubdiff.jobs.verify import verify
 
@@ -43,6 +45,7 @@ __all__ = [
     "alias",
     "apply",
     "check",
+    "compare",
     "connectivity",
     "diff",
     "evaluate",
@@ -58,6 +61,7 @@ __all__ = [
     "search",
     "sign",
     "tag",
+    "tune_scale",
     "unpack",
     "verify",
 ]
@@ -66,6 +70,7 @@ _HOMES = {
     "alias": "hubdiff.jobs.pointers",
     "apply": "hubdiff.jobs.apply",
     "check": "hubdiff.jobs.check",
+    "compare": "hubdiff.jobs.compare",
     "connectivity": "hubdiff.jobs.connectivity",
     "diff": "hubdiff.jobs.diff",
     "export": "hubdiff.jobs.export",
@@ -81,6 +86,7 @@ _HOMES = {
     "search": "hubdiff.jobs.registry",
     "sign": "hubdiff.jobs.sign",
     "tag": "hubdiff.jobs.pointers",
+    "tune_scale": "hubdiff.jobs.tune_scale",
     "unpack": "hubdiff.jobs.unpack",
     "verify": "hubdiff.jobs.verify",
 }

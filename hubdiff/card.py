@@ -215,15 +215,31 @@ def tuned_card(
     )
 
 
+def comparison_page(**values: Any) -> str:
+    """The page of a comparison: ``models`` (name, ref), ``rows`` (task, examples, scores, recovery,
+    difference, better, worse, p, test: all as they are shown), ``limit``, ``libraries``,
+    ``picture`` and ``has_tuned_target``."""
+    return _body("comparison.md", {"title": "Base, target and delta side by side", **values})
+
+
 def _render(name: str, metadata: Mapping[str, Any], **values: Any) -> str:
-    import jinja2
     import yaml
+
+    body = _body(name, values)
+    # huggingface_hub.ModelCardData holds the same; to import it takes longer than all of this.
+    known = {key: value for key, value in metadata.items() if value is not None}
+    head = yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
+    return f"---\n{head}---\n\n{body}"
+
+
+def _body(name: str, values: Mapping[str, Any]) -> str:
+    import jinja2
 
     # Markdown, not HTML: escaping is markdown.py's, called by name in the templates.
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
-    body = environment.from_string(template(name)).render(
+    page = environment.from_string(template(name)).render(
         **values,
         text=markdown.text,
         code=markdown.code,
@@ -233,10 +249,7 @@ def _render(name: str, metadata: Mapping[str, Any], **values: Any) -> str:
         percent=percent,
         version=__version__,
     )
-    # huggingface_hub.ModelCardData holds the same; to import it takes longer than all of this.
-    known = {key: value for key, value in metadata.items() if value is not None}
-    head = yaml.safe_dump(known, sort_keys=False, allow_unicode=True)
-    return f"---\n{head}---\n\n{body.strip()}\n"
+    return f"{page.strip()}\n"
 
 
 def _vocabulary(record: Mapping[str, Any]) -> list[dict[str, Any]]:

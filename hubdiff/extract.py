@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from hubdiff.compare import HALVES, Comparison, Floats, compare, delta_dtype
 from hubdiff.encodings import ENCODINGS, tails
 from hubdiff.floats import bf16, floats
 from hubdiff.hashing import FileHashes, Lane, tensor_hash
@@ -38,6 +37,7 @@ from hubdiff.progress import Progress
 from hubdiff.ranks import ALONE, Ranks
 from hubdiff.safetensors_io import Header
 from hubdiff.sample import BLOCK, Sample
+from hubdiff.segment_delta import HALVES, Comparison, Floats, compare, delta_dtype
 from hubdiff.stream import (
     Block,
     Range,

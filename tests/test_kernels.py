@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hubdiff import kernels, numerics
-from hubdiff.compare import Floats, _compare_any, compare
 from hubdiff.numerics import Difference
+from hubdiff.segment_delta import Floats, _compare_any, compare
 
 EVERY = np.arange(1 << 16, dtype=np.uint16)
 NUMBERS = EVERY[(EVERY & 0x7F80) != 0x7F80]

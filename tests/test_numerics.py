@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hubdiff import numerics
-from hubdiff.compare import delta_dtype
 from hubdiff.numerics import DTYPES, Difference, add, correct, difference, residual
+from hubdiff.segment_delta import delta_dtype
 
 FORMATS = {  # dtype: (fraction bits, lowest exponent of a subnormal's unit, largest finite)
     "BF16": (7, -133, torch.finfo(torch.bfloat16).max),

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from tiny_llama import make_base
 
@@ -29,9 +30,16 @@ def make_tuned(folder: Path) -> tuple[Path, Path, Path]:
     words = sorted(set(words) - set(HELD_OUT), key=lambda word: sha256(word.encode()).digest())
     data = _write_examples(folder / "train.jsonl", words)
     tuned, delta = folder / "tuned", folder / "delta"
-    hubdiff.finetune(base, data=data, output=tuned, settings=LEARN)
+    train(base, data, tuned)
     hubdiff.push_delta(tuned, delta, base=base, tuned_master=tuned / "master")
     return base, tuned, delta
+
+
+def train(base: Path, data: Path, output: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two wait for each other where other tests run beside
+    hubdiff.finetune(base, data=data, output=output, settings=LEARN)
+    torch.set_num_threads(threads)
 
 
 def sort_task(folder: Path, name: str = "sort_letters", **changes: Any) -> Path:

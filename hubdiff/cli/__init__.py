@@ -36,6 +36,8 @@ COMMANDS = {
     "tag": "tag",
     "alias": "alias",
     "eval": "evaluate",
+    "compare": "compare",
+    "tune-scale": "tune_scale",
     "finetune": "finetune",
     "recycle": "recycle",
     "connectivity": "connectivity",

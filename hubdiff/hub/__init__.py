@@ -11,7 +11,7 @@ from __future__ import annotations
 # Not the network's: what transformers' configs raise. It lives in the Hub client's package.
 from huggingface_hub.errors import StrictDataclassError as BadConfigValue
 
-from hubdiff.hub.client import endpoint, repo_facts, require_token
+from hubdiff.hub.client import endpoint, home, repo_facts, require_token
 from hubdiff.hub.datasets import benchmark_tasks, dataset_commit
 from hubdiff.hub.pointers import Pointers, create_tag, delete_tag, pointers
 from hubdiff.hub.search import Found, find_models
@@ -31,6 +31,7 @@ __all__ = [
     "delete_tag",
     "endpoint",
     "find_models",
+    "home",
     "pointers",
     "repo_facts",
     "require_token",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from huggingface_hub import HfApi, ModelInfo, constants
 from huggingface_hub.utils import (
@@ -50,6 +51,11 @@ def repo_facts(pin: PinnedRef) -> RepoFacts:
         private=bool(info.private),
         tags=tuple(info.tags or ()),
     )
+
+
+def home() -> Path:
+    """The folder in which the Hub client keeps what it has on this machine."""
+    return Path(os.environ.get("HF_HOME", constants.HF_HOME))
 
 
 def require_token() -> None:

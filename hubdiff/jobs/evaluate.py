@@ -269,12 +269,12 @@ def _identity(tree: FileTree) -> list[Any]:
 
 def _state(subject: Subject, how: Asked) -> Path:
     """Where answers are kept: for this model, asked in this way, with these libraries."""
-    from huggingface_hub.constants import HF_HOME
+    from hubdiff.hub import home
 
     asked = [how.device, how.spread, how.backend, how.batch, how.chat_template, how.seed]
     words = json.dumps([subject.identity(), asked, _libraries()])
     key = hashlib.sha256(words.encode()).hexdigest()[:24]
-    return Path(os.environ.get("HF_HOME", HF_HOME)) / "hubdiff" / "evaluations" / key
+    return home() / "hubdiff" / "evaluations" / key
 
 
 def _libraries() -> dict[str, str]:

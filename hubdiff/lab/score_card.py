@@ -7,15 +7,14 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from huggingface_hub import (
+from hubdiff.errors import HubdiffError
+from hubdiff.hub.cards import (
     EvalResult,
     EvalResultEntry,
     ModelCard,
     ModelCardData,
     eval_result_entries_to_yaml,
 )
-
-from hubdiff.errors import HubdiffError
 from hubdiff.lab.scores import TaskScore
 
 FOLDER = ".eval_results"

@@ -38,10 +38,10 @@ from harness import (
 )
 from safetensors.numpy import save_file
 
-from hubdiff.compare import Floats, compare
 from hubdiff.encodings import ENCODINGS, SEGMENT, tails
 from hubdiff.encodings.tails import Tail
 from hubdiff.numerics import DTYPES
+from hubdiff.segment_delta import Floats, compare
 
 UNCHANGED = 0x8000  # -0.0
 STEPS = {  # of the noise → what leaves as many elements unchanged

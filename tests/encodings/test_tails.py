@@ -73,7 +73,7 @@ def test_a_tail_where_nothing_changed_is_a_mistake() -> None:
 
 def _pair(count: int, step: float) -> tuple[np.ndarray, np.ndarray]:
     """``hi`` and ``lo`` of a fine-tune of weights of N(0, 0.02) by N(0, step)."""
-    from hubdiff.compare import Floats, compare
+    from hubdiff.segment_delta import Floats, compare
 
     rng = np.random.default_rng(7)
 
@@ -180,7 +180,7 @@ def test_nothing_changed_has_no_tail() -> None:
 
 def test_the_tail_of_a_difference_stands_where_it_changed() -> None:
     """What ``encode`` takes for granted of numerics, subnormals and overflow included."""
-    from hubdiff.compare import Floats, compare
+    from hubdiff.segment_delta import Floats, compare
 
     rng = np.random.default_rng(11)
     for dtype in ("BF16", "F16"):

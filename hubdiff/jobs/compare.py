@@ -1,0 +1,232 @@
+"""compare: base, tuned, target and target + Δ side by side, and what of the skill came along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hubdiff.card import comparison_page
+from hubdiff.delta import open_delta_tree
+from hubdiff.errors import HubdiffError
+from hubdiff.files import open_tree
+from hubdiff.jobs.evaluate import Asked, Bench, Evaluated, again, require_output
+from hubdiff.lab.comparison import Paired, Recovery, paired, recovery
+from hubdiff.lab.scores import TaskScore
+from hubdiff.progress import Progress
+from hubdiff.refs import ModelRef
+from hubdiff.writer import disk_errors, write_whole
+
+BASE, TUNED, TARGET, RESULT, TUNED_TARGET = (
+    *("base", "tuned", "target", "target + Δ", "tuned target"),
+)
+PAGE, PICTURE, JSON = "comparison.md", "comparison.png", "comparison.json"
+
+
+@dataclass(frozen=True)
+class TaskComparison:
+    """One task: a score for each of the models, ``change`` the result against the target, and
+    ``recovery`` where there is a tuned target."""
+
+    task: str
+    scores: tuple[TaskScore, ...]
+    change: Paired | None
+    recovery: Recovery | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``models``: name → what it is, in the order of the scores."""
+
+    models: Mapping[str, str]
+    tasks: tuple[TaskComparison, ...]
+    limit: int | None
+    libraries: Mapping[str, str]
+    seconds: float
+    output: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "models": dict(self.models),
+            "tasks": [
+                {
+                    "task": one.task,
+                    "scores": {
+                        name: score.as_json()
+                        for name, score in zip(self.models, one.scores, strict=True)
+                    },
+                    "change": one.change and asdict(one.change),
+                    "recovery": one.recovery and asdict(one.recovery),
+                }
+                for one in self.tasks
+            ],
+            "limit": self.limit,
+            "libraries": dict(self.libraries),
+            "seconds": round(self.seconds, 3),
+            "output": self.output,
+        }
+
+
+def compare(
+    delta: str | Path,
+    target: str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    suite: str | None = None,
+    base: str | Path | None = None,
+    tuned: str | Path | None = None,
+    tuned_target: str | Path | None = None,
+    scale: float = 1.0,
+    limit: int | None = None,
+    chat_template: bool = False,
+    batch: int = 8,
+    seed: int = 1234,
+    device: str = "auto",
+    spread: bool = False,
+    backend: str = "accelerate",
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Evaluate base, tuned, ``target`` and target + Δ on the same tasks.
+
+    Args:
+        base: the delta's own base; by default what its manifest names.
+        tuned: by default base + Δ, which is the tuned model to the bit unless Δ was cut to a rank.
+        tuned_target: the target fine-tuned itself, which tells what there was to recover.
+        scale: of the delta on the target.
+        output: a folder for ``comparison.md``, ``.png`` and ``.json``, and what each model said.
+        the others: as ``hubdiff.evaluate``.
+
+    A run that was stopped goes on from the answers it has. Needs ``pip install "hubdiff[eval]"``.
+    Raises ``HubdiffError``.
+    """
+    asked = Asked(tuple(tasks), suite, limit, chat_template, batch, seed, device, spread, backend)
+    if output is not None:
+        require_output(Path(output))
+    named = _models(delta, target, base, tuned, tuned_target)
+    bench = Bench(asked, progress)
+    found: dict[str, Evaluated] = {}
+    for name, model in named.items():
+        made = bench.evaluate(model, scale if name == RESULT else 1.0)
+        assert made is not None  # one process: the command line sees to it
+        found[name] = made
+        if output is not None:
+            made.write(Path(output) / name.replace(" ", "-").replace("Δ", "delta"))
+    result = Comparison(
+        {name: made.model for name, made in found.items()},
+        tuple(
+            _task(dict(zip(found, scores, strict=True)), seed)
+            for scores in zip(*(made.scores for made in found.values()), strict=True)
+        ),
+        limit,
+        found[TARGET].libraries,
+        sum(made.seconds for made in found.values()),
+        str(output) if output is not None else None,
+    )
+    if output is not None:
+        _write(result, Path(output))
+    bench.finish()
+    return result
+
+
+def _models(
+    delta: str | Path,
+    target: str | Path,
+    base: str | Path | None,
+    tuned: str | Path | None,
+    tuned_target: str | Path | None,
+) -> dict[str, str]:
+    """Name → model, as ``evaluate`` takes it; all pinned, and the first to fail named at once."""
+    tree = open_tree(ModelRef.parse(delta), cache=False)
+    with open_delta_tree(tree) as opened:
+        known = opened.manifest.base
+        if base is None and known.repo is not None:
+            base = f"{known.repo}@{known.commit}" if known.commit else known.repo
+    if base is None:
+        raise HubdiffError(
+            f"{tree.pin} was made from a folder, {known.name}: its base has no place on the Hub",
+            next_step="Name the folder with --base.",
+        )
+    on, own = (again(open_tree(ModelRef.parse(ref), cache=False)) for ref in (target, base))
+    change = again(tree)
+    models = {BASE: f"{own}", TUNED: f"{own}+{change}", TARGET: f"{on}", RESULT: f"{on}+{change}"}
+    for name, ref in ((TUNED, tuned), (TUNED_TARGET, tuned_target)):
+        if ref is not None:
+            models[name] = str(again(open_tree(ModelRef.parse(ref), cache=False)))
+    return models
+
+
+def _task(scores: Mapping[str, TaskScore], seed: int) -> TaskComparison:
+    target, result = scores[TARGET], scores[RESULT]
+    best = scores.get(TUNED_TARGET)
+    higher, share = target.higher_is_better, None
+    change = paired(target.outcomes, result.outcomes, seed, higher_is_better=higher)
+    if best is not None:
+        share = recovery(
+            target.outcomes, result.outcomes, best.outcomes, seed, higher_is_better=higher
+        )
+    return TaskComparison(target.name, tuple(scores.values()), change, share)
+
+
+def _write(found: Comparison, folder: Path) -> None:
+    from hubdiff.lab.score_picture import Bar, score_bars
+
+    bars = [
+        (name, [Bar(one.scores[number].value, one.scores[number].stderr) for one in found.tasks])
+        for number, name in enumerate(found.models)
+    ]
+    with disk_errors(folder):
+        score_bars([one.task for one in found.tasks], bars, folder / PICTURE)
+    write_whole(folder / PAGE, _page(found).encode())
+    write_whole(folder / JSON, (json.dumps(found.as_json(), indent=2) + "\n").encode())
+
+
+def _page(found: Comparison) -> str:
+    rows = []
+    for one in found.tasks:
+        change = one.change
+        rows.append(
+            {
+                "task": one.task,
+                "examples": one.scores[0].examples,
+                "scores": [score_words(score) for score in one.scores],
+                "recovery": recovery_words(one.recovery),
+                "difference": f"{change.difference:+.4f} ± {change.stderr:.4f}" if change else "–",
+                "better": change.better if change else "–",
+                "worse": change.worse if change else "–",
+                "p": p_words(change),
+                "test": change.test if change else "–",
+            }
+        )
+    return comparison_page(
+        models=[{"name": name, "ref": ref} for name, ref in found.models.items()],
+        rows=rows,
+        limit=found.limit,
+        libraries=found.libraries,
+        picture=PICTURE,
+        has_tuned_target=TUNED_TARGET in found.models,
+    )
+
+
+# --- in words ---
+
+
+def score_words(score: TaskScore) -> str:
+    return f"{score.value:.4f}" + (f" ± {score.stderr:.4f}" if score.stderr is not None else "")
+
+
+def recovery_words(found: Recovery | None) -> str:
+    if found is None or found.share is None:
+        return "–"
+    words = f"{100 * found.share:.0f} %"
+    if found.low is None or found.high is None:
+        return words
+    return f"{words} ({100 * found.low:.0f} to {100 * found.high:.0f})"
+
+
+def p_words(change: Paired | None) -> str:
+    if change is None:
+        return "–"
+    return f"{change.p:.3f}" if change.p >= 0.001 else f"{change.p:.0e}"
