@@ -9,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import PutRepo
 from huggingface_hub import HfApi, ModelCard
@@ -261,6 +263,51 @@ def test_a_task_is_not_asked_for_twice(
 ) -> None:
     with pytest.raises(HubdiffError, match="sort_letters is asked for twice"):
         run(family[0], [tasks[0], str(sort_task(tmp_path))])
+
+
+def test_vllm_is_given_the_merged_folder(
+    family: tuple[Path, Path, Path],
+    tasks: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """vLLM itself is not here: in its place stands the harness's model of transformers."""
+    base, _, delta = family
+    hubdiff.apply(delta, base, output=tmp_path / "result", scale=0.5, force=True)
+    places: list[Path] = []
+
+    def read(place: str, **_: Any) -> Any:
+        places.append(Path(place))
+        weights = "model.safetensors"
+        assert (places[-1] / weights).read_bytes() == (tmp_path / "result" / weights).read_bytes()
+        return lm_eval.models.huggingface.HFLM(place, device="cpu", batch_size=8)
+
+    monkeypatch.setattr("hubdiff.jobs.evaluate.find_spec", lambda name: name)
+    stand_in = SimpleNamespace(VLLM=read)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", stand_in)
+    made = run(on(base, delta), tasks, scale=0.5, backend="vllm")
+    ours = run(on(base, delta), tasks, scale=0.5)
+    assert [s.value for s in made.scores] == [s.value for s in ours.scores]
+    assert len(places) == 1
+    assert not places[0].exists()
+    assert not places[0].parent.exists()
+
+
+def test_a_full_gpu_gets_advice(
+    family: tuple[Path, Path, Path], tasks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU here: the error is raised where the library would."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for place in ("hubdiff.jobs.evaluate.load", "hubdiff.lab.harness.HFLM.generate_until"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(HubdiffError, match="memory of cpu is full") as caught:
+                run(on(family[0], family[2]), tasks[:1])
+        assert "--batch-size 4" in str(caught.value.next_step)
+        assert "--spread" in str(caught.value.next_step)
 
 
 # --- the suite of the paper ---

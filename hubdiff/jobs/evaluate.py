@@ -287,7 +287,7 @@ def _evaluate(
     began = time.monotonic()
     with disk_errors(state):
         state.mkdir(parents=True, exist_ok=True)
-    with _model(subject, how, progress) as model:
+    with _memory_advice(subject, how), _model(subject, how, progress) as model:
         progress.note(f"evaluating {subject}")
         found = tasks.run(
             model,
@@ -356,35 +356,49 @@ def _side_files(subject: Subject, folder: Path) -> None:
 
 
 def _load(subject: Subject, folder: Path, device: str) -> Any:
+    where = None if device == "cpu" else device
+    if subject.deltas:
+        return load(
+            _deltas(subject),
+            again(subject.model),
+            scale=subject.scale,
+            device_map=where,
+            dtype="auto",
+        )
+    pin = subject.model.pin
+    with usable_model(str(subject)):
+        model, loading = model_class(folder).from_pretrained(
+            str(pin.path or pin.repo),
+            revision=pin.commit or "main",
+            dtype="auto",
+            device_map=where,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    require_all(loading, str(pin))
+    return model
+
+
+@contextmanager
+def _memory_advice(subject: Subject, how: Asked) -> Iterator[None]:
+    """Say what would fit where a GPU's memory does not."""
     import torch
 
-    where = None if device == "cpu" else device
     try:
-        if subject.deltas:
-            return load(
-                _deltas(subject),
-                again(subject.model),
-                scale=subject.scale,
-                device_map=where,
-                dtype="auto",
-            )
-        pin = subject.model.pin
-        with usable_model(str(subject)):
-            model, loading = model_class(folder).from_pretrained(
-                str(pin.path or pin.repo),
-                revision=pin.commit or "main",
-                dtype="auto",
-                device_map=where,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        require_all(loading, str(pin))
-        return model
+        yield
     except torch.OutOfMemoryError as error:
+        size = sum(info.size for path, info in subject.model.files().items() if _weights(path))
+        ways = [f"--batch-size {how.batch // 2}"] if how.batch > 1 else []
+        ways += [] if how.spread else ["--spread over several GPUs"]
         raise HubdiffError(
-            f"the memory of {device} does not hold {subject}",
-            next_step="Spread it over all GPUs with --spread, or use --device cpu.",
+            f"the memory of {how.device} is full: the weights of {subject} take "
+            f"{size / 1e9:.1f} GB, and the requests come on top",
+            next_step=f"Try {', '.join([*ways, '--device cpu'])}; answers so far are kept.",
         ) from error
+
+
+def _weights(path: str) -> bool:
+    return path.endswith(".safetensors")
 
 
 def _vllm(subject: Subject, folder: Path, how: Asked) -> Any:
