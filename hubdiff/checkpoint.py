@@ -69,15 +69,20 @@ class Checkpoint:
         self._stack.close()
 
 
-@contextmanager
-def open_checkpoint(tree: FileTree) -> Iterator[Checkpoint]:
-    """Open the weights of ``tree``. Raises ``NoWeights``, ``BadIndex``, ``BadSafetensors``,
-    ``IsADelta``."""
+def require_model(tree: FileTree) -> None:
+    """Raise ``IsADelta`` for a delta where a model is wanted."""
     if MANIFEST in tree.files():
         raise IsADelta(
             f"{tree.pin} is a delta, a model is expected here",
             next_step="Apply it to a base first: hubdiff apply DELTA --to BASE --output DIR.",
         )
+
+
+@contextmanager
+def open_checkpoint(tree: FileTree) -> Iterator[Checkpoint]:
+    """Open the weights of ``tree``. Raises ``NoWeights``, ``BadIndex``, ``BadSafetensors``,
+    ``IsADelta``."""
+    require_model(tree)
     files, weight_map = _weight_files(tree)
     checkpoint = Checkpoint(tree, {}, {}, read_json(tree, "config.json"), None)
     if weight_map is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -308,6 +309,20 @@ def test_a_full_gpu_gets_advice(
                 run(on(family[0], family[2]), tasks[:1])
         assert "--batch-size 4" in str(caught.value.next_step)
         assert "--spread" in str(caught.value.next_step)
+
+
+def test_models_and_deltas_are_told_apart(
+    family: tuple[Path, Path, Path], tasks: list[str], tmp_path: Path
+) -> None:
+    base, _, delta = family
+    with pytest.raises(HubdiffError, match="is a delta"):
+        run(delta, tasks)
+    with pytest.raises(HubdiffError, match="not a delta"):
+        run(on(base, base), tasks)
+    odd = tmp_path / "a+b:c d"
+    shutil.copytree(base, odd)
+    assert run(str(odd), tasks[:1], limit=2).scores[0].examples == 2
+    assert run(on(odd, delta), tasks[:1], limit=2).scores[0].examples == 2
 
 
 # --- the suite of the paper ---

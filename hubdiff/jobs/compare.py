@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hubdiff.card import comparison_page
-from hubdiff.delta import open_delta_tree
 from hubdiff.errors import HubdiffError
-from hubdiff.files import open_tree
-from hubdiff.jobs.evaluate import Asked, Bench, Evaluated, again, require_output
+from hubdiff.files import FileTree, open_tree
+from hubdiff.jobs.evaluate import Asked, Bench, Evaluated, Subject, require_output
 from hubdiff.lab.comparison import Paired, Recovery, paired, recovery
 from hubdiff.lab.scores import TaskScore
+from hubdiff.manifest import read_manifest
 from hubdiff.progress import Progress
 from hubdiff.refs import ModelRef
 from hubdiff.writer import disk_errors, write_whole
@@ -105,11 +105,11 @@ def compare(
     asked = Asked(tuple(tasks), suite, limit, chat_template, batch, seed, device, spread, backend)
     if output is not None:
         require_output(Path(output))
-    named = _models(delta, target, base, tuned, tuned_target)
+    subjects = _subjects(delta, target, scale, base, tuned, tuned_target)
     bench = Bench(asked, progress)
     found: dict[str, Evaluated] = {}
-    for name, model in named.items():
-        made = bench.evaluate(model, scale if name == RESULT else 1.0)
+    for name, subject in subjects.items():
+        made = bench.evaluate(subject)
         assert made is not None  # one process: the command line sees to it
         found[name] = made
         if output is not None:
@@ -131,31 +131,38 @@ def compare(
     return result
 
 
-def _models(
+def _subjects(
     delta: str | Path,
     target: str | Path,
+    scale: float,
     base: str | Path | None,
     tuned: str | Path | None,
     tuned_target: str | Path | None,
-) -> dict[str, str]:
-    """Name → model, as ``evaluate`` takes it; all pinned, and the first to fail named at once."""
-    tree = open_tree(ModelRef.parse(delta), cache=False)
-    with open_delta_tree(tree) as opened:
-        known = opened.manifest.base
-        if base is None and known.repo is not None:
-            base = f"{known.repo}@{known.commit}" if known.commit else known.repo
+) -> dict[str, Subject]:
+    """Name → what is evaluated under it, all pinned."""
+    change = _open(delta)
+    known = read_manifest(change).base
+    if base is None and known.repo is not None:
+        base = f"{known.repo}@{known.commit}" if known.commit else known.repo
     if base is None:
         raise HubdiffError(
-            f"{tree.pin} was made from a folder, {known.name}: its base has no place on the Hub",
+            f"{change.pin} was made from a folder, {known.name}: its base has no place on the Hub",
             next_step="Name the folder with --base.",
         )
-    on, own = (again(open_tree(ModelRef.parse(ref), cache=False)) for ref in (target, base))
-    change = again(tree)
-    models = {BASE: f"{own}", TUNED: f"{own}+{change}", TARGET: f"{on}", RESULT: f"{on}+{change}"}
-    for name, ref in ((TUNED, tuned), (TUNED_TARGET, tuned_target)):
-        if ref is not None:
-            models[name] = str(again(open_tree(ModelRef.parse(ref), cache=False)))
-    return models
+    on, own = _open(target), _open(base)
+    subjects = {
+        BASE: Subject.of(own),
+        TUNED: Subject.of(_open(tuned)) if tuned else Subject.of(own, [(change, 1.0)]),
+        TARGET: Subject.of(on),
+        RESULT: Subject.of(on, [(change, 1.0)], scale),
+    }
+    if tuned_target is not None:
+        subjects[TUNED_TARGET] = Subject.of(_open(tuned_target))
+    return subjects
+
+
+def _open(ref: str | Path) -> FileTree:
+    return open_tree(ModelRef.parse(ref), cache=False)
 
 
 def _task(scores: Mapping[str, TaskScore], seed: int) -> TaskComparison:

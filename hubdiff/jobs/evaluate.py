@@ -17,12 +17,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hubdiff.checkpoint import require_model
 from hubdiff.errors import HubdiffError
 from hubdiff.files import FileTree, open_tree
 from hubdiff.jobs.finetune import require_all, usable_model
 from hubdiff.jobs.load import load, model_class, side_files
 from hubdiff.jobs.merging import choose_device
 from hubdiff.lab.suites import wanted_tasks
+from hubdiff.manifest import read_manifest
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef, parse_weighted
 from hubdiff.sidecars import Carried, classify
@@ -46,19 +48,30 @@ class Subject:
 
     @classmethod
     def parse(cls, text: str | Path, scale: float = 1.0) -> Subject:
-        """MODEL, or MODEL+DELTA+… Raises ``RefError`` and what comes of refs that lead nowhere."""
-        words = [str(text)] if Path(text).exists() else str(text).split("+")
-        deltas = [parse_weighted(word) for word in words[1:]]
+        """MODEL, or MODEL+DELTA+… A folder may have a + in its name. Raises ``HubdiffError``."""
+        words = [str(text)] if isinstance(text, Path) else str(text).split("+")
+        model = words.pop(0)
+        while words and not Path(model).exists() and Path(f"{model}+{words[0]}").exists():
+            model += f"+{words.pop(0)}"
+        deltas = [parse_weighted(word) for word in words]
         if scale != 1.0 and not deltas:
             raise HubdiffError(
                 f"{text} has no delta that a scale could be of",
                 next_step="Write MODEL+DELTA, or leave the scale out.",
             )
-        return cls(
-            open_tree(ModelRef.parse(words[0]), cache=False),
-            tuple((open_tree(ref, cache=False), weight) for ref, weight in deltas),
-            scale,
-        )
+        opened = tuple((open_tree(ref, cache=False), weight) for ref, weight in deltas)
+        return cls.of(open_tree(ModelRef.parse(model), cache=False), opened, scale)
+
+    @classmethod
+    def of(
+        cls, model: FileTree, deltas: Sequence[tuple[FileTree, float]] = (), scale: float = 1.0
+    ) -> Subject:
+        """Raises ``IsADelta``, or ``NotADelta`` and what else a manifest may be, where each should
+        be the other."""
+        require_model(model)
+        for tree, _ in deltas:
+            read_manifest(tree)
+        return cls(model, tuple(deltas), scale)
 
     def __str__(self) -> str:
         words = [str(self.model.pin)]
@@ -149,8 +162,9 @@ def evaluate(
     """
     asked = Asked(tuple(tasks), suite, limit, chat_template, batch, seed, device, spread, backend)
     _require_places(output, card)
+    subject = Subject.parse(model, scale)
     bench = Bench(asked, progress)
-    made = bench.evaluate(model, scale)
+    made = bench.evaluate(subject)
     if made is not None and card is not None:
         made = replace(made, card=_to_card(made, ModelRef.parse(card), create_pr))
     if made is not None and output is not None:
@@ -195,11 +209,10 @@ class Bench:
         with quiet():
             self._tasks = Tasks(wanted)
 
-    def evaluate(self, model: str | Path, scale: float = 1.0) -> Evaluated | None:
+    def evaluate(self, subject: Subject) -> Evaluated | None:
         """None in processes that are not the first."""
         from hubdiff.lab.training import quiet
 
-        subject = Subject.parse(model, scale)
         state = _state(subject, self._how)
         self._states.append(state)
         with quiet():

@@ -10,7 +10,7 @@ from typing import Any
 
 from hubdiff.errors import HubdiffError
 from hubdiff.files import open_tree
-from hubdiff.jobs.evaluate import Asked, Bench, again
+from hubdiff.jobs.evaluate import Asked, Bench, Subject
 from hubdiff.lab.comparison import Paired, paired
 from hubdiff.lab.scale_search import Tried, best, halves, held_out, search
 from hubdiff.lab.scores import TaskScore
@@ -74,8 +74,8 @@ def tune_scale(
         )
     if plot is not None:
         require_place(Path(plot))
-    trees = [open_tree(ModelRef.parse(ref), cache=False) for ref in (delta, target)]
-    model = f"{again(trees[1])}+{again(trees[0])}"
+    change, on = (open_tree(ModelRef.parse(ref), cache=False) for ref in (delta, target))
+    Subject.of(on, [(change, 1.0)])  # refused before the tasks are found
     bench = Bench(
         Asked(tuple(tasks), suite, limit, chat_template, batch, seed, device, spread, backend),
         progress,
@@ -83,7 +83,7 @@ def tune_scale(
     scores: dict[float, tuple[TaskScore, ...]] = {}
 
     def measure(scale: float) -> Tried:
-        made = bench.evaluate(model, scale)
+        made = bench.evaluate(Subject.of(on, [(change, 1.0)], scale))
         assert made is not None  # one process: the command line sees to it
         scores[scale] = made.scores
         return Tried(scale, *halves(made.scores), _stderr(made.scores))
@@ -94,8 +94,8 @@ def tune_scale(
         _draw(tried, chosen, Path(plot))
     bench.finish()
     return TunedScale(
-        str(trees[0].pin),
-        str(trees[1].pin),
+        str(change.pin),
+        str(on.pin),
         tuple(tried),
         chosen,
         {
