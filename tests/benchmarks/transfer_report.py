@@ -217,9 +217,22 @@ def edges(cells: Sequence[Row], number: str) -> tuple[float, float]:
 
 
 def render(document: Row) -> str:
-    parts = [origin(document), matrix_table(document), recycled_table(document)]
-    parts += [findings_table(document), forecast_tables(document)]
+    beside = " In brackets GSM8K on OLMo 2 7B, from the paper." if _like_paper(document) else ""
+    parts = [
+        origin(document),
+        f"Score in %.{beside}",
+        matrix_table(document),
+        "Fine-tuned on from there: final score, and steps until the score of FT(M).",
+        recycled_table(document),
+        findings_table(document),
+        "The forecast's numbers against the gain, and against the share of FT's gain.",
+        *forecast_tables(document),
+    ]
     return "\n\n".join(parts)
+
+
+def _like_paper(document: Row) -> bool:
+    return len(document["families"][0]["base"]) == len(OLMO_BASE)
 
 
 def _middle(values: Iterable[float]) -> str:
@@ -234,7 +247,7 @@ def matrix_table(document: Row) -> str:
     """Medians over the families; the paper's in brackets, where the shape is the paper's."""
     families = document["families"]
     count = len(families[0]["base"])
-    like = count == len(OLMO_BASE)
+    like = _like_paper(document)
 
     def paper(row: Sequence[float | None], i: int) -> float | None:
         return row[i] if like else None
@@ -265,7 +278,7 @@ def _at(cell: Row, i: int, j: int | None) -> bool:
 def recycled_table(document: Row) -> str:
     """FT alone, transferring then fine-tuning, and Algorithm 1; final scores, and steps."""
     families = document["families"]
-    like = len(families[0]["base"]) == len(OLMO_BASE)
+    like = _like_paper(document)
     rows = []
     for i in range(1, len(families[0]["base"])):
         first, direct = _ends(families, i, 0), _ends(families, i, i - 1)
@@ -293,12 +306,9 @@ def findings_table(document: Row) -> str:
     return table(["finding", "OLMo 2", "must be", "median (worst–best)", ""], rows)
 
 
-def forecast_tables(document: Row) -> str:
+def forecast_tables(document: Row) -> list[str]:
     chosen, judged = halves(document)
-    parts = [numbers_table(chosen, judged)]
-    if judged:
-        parts.append(goals(judged))
-    return "\n\n".join(parts)
+    return [numbers_table(chosen, judged), *([goals(judged)] if judged else [])]
 
 
 def numbers_table(chosen: Sequence[Row], judged: Sequence[Row]) -> str:
@@ -311,7 +321,7 @@ def numbers_table(chosen: Sequence[Row], judged: Sequence[Row]) -> str:
             for outcome in ("gain", "recovered")
         ]
         rows.append([number, *ranks, f"{good:.3g}", f"{harmful:.3g}"])
-    head = ["", "rank: gain", "recovered", "gain, other half", "recovered, other half"]
+    head = ["", "rank: gain", "share", "other half: gain", "share"]
     return table([*head, "good up to", "harm from"], rows)
 
 
