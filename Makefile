@@ -45,6 +45,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/network.py --readme README.md
 	$(BIN)/python tests/benchmarks/speed.py --gb 1.7 7 --readme README.md
 	$(BIN)/python tests/benchmarks/sizes.py --readme README.md
+	$(BIN)/python tests/benchmarks/transfer_matrix.py --readme README.md
 
 clean:
 	rm -rf $(VENV) $(KEEP) build dist

@@ -6,7 +6,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,12 @@ sys.path.append(str(SCRIPTS))  # last: one of them is called like a package of P
 
 import harness  # noqa: E402
 import speed  # noqa: E402
+import transfer_families  # noqa: E402
+import transfer_matrix  # noqa: E402
+import transfer_report as report  # noqa: E402
 
 NAMES = ("encodings", "forecasts", "network", "real_llm", "sizes", "speed", "startup")
+NAMES += ("transfer_matrix",)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -61,3 +67,83 @@ def test_the_judge_rounds_once() -> None:
     exact = np.array([tie, tie + trace, tie - trace, -tie - trace, 0.0, 1.5])
     wanted = [0x3F80, 0x3F81, 0x3F80, 0xBF81, 0x0000, 0x3FC0]
     assert speed.nearest(exact).tolist() == wanted
+
+
+# --- the matrix of transfers ---
+
+
+def test_ranks_are_correlated_with_ties_shared() -> None:
+    assert report.spearman([1, 2, 3], [10, 100, 1000]) == pytest.approx(1)
+    assert report.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    # 1.5, 1.5, 3 and 1, 2, 3: √3/2.
+    assert report.spearman([0, 0, 5], [1, 2, 3]) == pytest.approx(3**0.5 / 2)
+    assert np.isnan(report.spearman([1, 1], [1, 2]))
+
+
+def test_steps_to_reach_a_score() -> None:
+    curve = [(0, 0.0), (10, 0.6), (20, 0.5), (30, 0.9)]
+    assert [report.steps_to_reach(curve, score) for score in (0, 0.6, 0.7, 1)] == [0, 10, 30, None]
+
+
+def test_the_papers_matrix_shows_the_papers_findings() -> None:
+    cells = {(c["target"], c["source"]): c for c in report.transfers(report.OLMO_FAMILY)}
+    assert len(cells) == 20
+    assert cells[4, 0]["gain"] == pytest.approx(0.196 - 0.655)
+    assert cells[1, 0]["recovered"] == pytest.approx((26.6 - 19.4) / (50.7 - 19.4))
+    assert report.nearness(report.OLMO_FAMILY) > 0.15
+    assert report.upward(report.OLMO_FAMILY) < -0.1
+
+
+def test_what_a_verdict_costs_is_counted() -> None:
+    rows = [("go", 0.5), ("refuse", 0.5), ("doubtful", -0.5), ("refuse", -0.5), ("go", 0.0)]
+    cells = [
+        {"verdict": verdict, "gain": gain, "drift": number, "cosine": 1 - number}
+        for number, (verdict, gain) in enumerate(rows)
+    ]
+    assert report.let_through(cells) == (1, 2)
+    assert report.refused(cells) == (1, 2)
+    assert report.edges(cells, "drift") == (1, 2)
+    assert report.edges(cells, "cosine") == (0, -1)
+    better = [cell | {"gain": -cell["drift"]} for cell in cells]
+    assert report.correlation(better, "drift") == pytest.approx(1)
+    assert report.correlation(better, "cosine") == pytest.approx(1)
+
+
+TINY = replace(
+    transfer_families.SIZES["small"].part(0),
+    hidden=16,
+    layers=1,
+    heads=1,
+    rows=2,
+    task_rows=2,
+    examples=4,
+)
+
+
+def test_a_matrix_is_measured_and_told(tmp_path: Path) -> None:
+    family = transfer_families.Characters(replace(TINY, steps=(1, 1, 1)), seed=0)
+    lab = transfer_matrix.Lab(family, tmp_path)
+    document: dict[str, Any] = {"families": [transfer_matrix.one_family(lab)] * 2}
+    cells = [(cell["target"], cell["source"]) for cell in document["families"][0]["cells"]]
+    assert cells == [(i, j) for i in range(3) for j in range(3)]
+    origin = {"cores": 1, "cpu": "", "memory_bytes": 1, "python": "", "commit": None, "peers": {}}
+    document |= {
+        "machine": origin | {"versions": {"hubdiff": "", "torch": ""}},
+        "at": "",
+        "runs": 2,
+    }
+    text = report.render(document)
+    assert "+ Δ2" in text
+    assert "harmful let through" in text
+    report.draw(document, tmp_path / "matrix.png")
+    assert (tmp_path / "matrix.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", transfer_families.SIZES)
+def test_every_size_starts(name: str, tmp_path: Path) -> None:
+    few = {"rows": 2, "task_rows": 2, "examples": 2}
+    recipe = replace(transfer_families.SIZES[name].part(0), **few)
+    family = transfer_families.Characters(recipe, seed=0)
+    family.train_version(0, None, tmp_path / "M1")
+    curve = family.fine_tune(transfer_families.load(tmp_path / "M1"), 0)
+    assert [step for step, _ in curve] == [0, 1]

@@ -250,4 +250,4 @@ def render(document: Row) -> str:
 
 
 if __name__ == "__main__":
-    main("forecasts", arguments(__doc__, runs=1).parse_args(), measure, render)
+    main("forecasts", arguments(__doc__, runs=1).parse_args(), measure, render, compared=False)

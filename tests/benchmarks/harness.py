@@ -284,14 +284,17 @@ def main(
     options: argparse.Namespace,
     measure: Callable[[argparse.Namespace, Peers], Row],
     render: Callable[[Row], str],
-) -> None:
-    """Measure, or read what was measured; print, keep and publish it."""
+    *,
+    compared: bool = True,
+) -> Row:
+    """Measure, or read what was measured; print, keep and publish it. Without ``compared`` there
+    are no peers, and none are installed."""
     if options.kept:
         document = json.loads(options.kept.read_text(encoding="utf-8"))
     else:
         options.folder.mkdir(parents=True, exist_ok=True)
         options.folder, options.peers = options.folder.resolve(), options.peers.resolve()
-        others = peers(options.peers)
+        others = peers(options.peers) if compared else Peers(options.peers, {}, {})
         document = {"benchmark": name, "at": time.strftime("%F"), "runs": options.runs}
         document |= {"machine": machine(others)}
         document |= measure(options, others)
@@ -303,6 +306,7 @@ def main(
     if options.readme:
         page = options.readme.read_text(encoding="utf-8")
         options.readme.write_text(with_block(page, name, text), encoding="utf-8")
+    return document
 
 
 def with_block(page: str, name: str, text: str) -> str:
