@@ -83,6 +83,11 @@ def test_ranks_are_correlated_with_ties_shared() -> None:
 def test_steps_to_reach_a_score() -> None:
     curve = [(0, 0.0), (10, 0.6), (20, 0.5), (30, 0.9)]
     assert [report.steps_to_reach(curve, score) for score in (0, 0.6, 0.7, 1)] == [0, 10, 30, None]
+    slow, quick = [(0, 0.0), (10, 0.2), (20, 0.6)], [(0, 0.3), (10, 0.6), (20, 0.7)]
+    assert report.steps_to_match(slow, quick) == 10
+    assert report.steps_to_match(quick, slow) == 20  # never
+    curves = [{"target": 0, "source": s, "points": p} for s, p in ((None, slow), (1, quick))]
+    assert report.steps_share({"curves": curves}) == 0.5
 
 
 def test_the_papers_matrix_shows_the_papers_findings() -> None:

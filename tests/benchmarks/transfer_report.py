@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ OLMO_FAMILY: Row = {
 }
 # Algorithm 1: of each target FT alone, direct and iterative.
 OLMO_RECYCLED = {2: (60.4, 62.7, 67.0), 3: (75.7, 77.6, 77.3), 4: (75.6, 77.2, 77.5)}
-OLMO_FROM_FIRST = {4: (75.5, 78.6)}  # FT(M5), and FT(M5 + Δ1)
+OLMO_FROM_FIRST = {4: 78.6}  # FT(M5 + Δ1)
 
 # From which gain on a transfer is good, and below which it does harm: two standard errors of
 # a score from 400 examples and more.
@@ -151,22 +152,11 @@ def _mean_gain(family: Row, chosen: Callable[[Row, int], bool]) -> float:
 
 
 def steps_share(family: Row) -> float:
-    """Of all continued transfers together. One that never gets there counts with all its steps."""
-    rows = list(reached(family))
-    alone = sum(steps for _, _, steps, _ in rows)
-    return sum(ours for *_, ours in rows) / alone if alone else float("nan")
-
-
-def reached(family: Row) -> Iterable[tuple[int, int, int, int]]:
-    """Target, source, and the steps to FT's final score from M and from M + Δ."""
+    """Of all continued transfers together."""
     alone = {c["target"]: c["points"] for c in family["curves"] if c["source"] is None}
-    for curve in family["curves"]:
-        if curve["source"] is not None:
-            points = alone[curve["target"]]
-            goal = points[-1][1] - NEARLY
-            steps = [steps_to_reach(p, goal) for p in (points, curve["points"])]
-            a, b = (int(points[-1][0]) if s is None else s for s in steps)
-            yield curve["target"], curve["source"], a, b
+    pairs = [(alone[c["target"]], c["points"]) for c in family["curves"] if c["source"] is not None]
+    before = sum(steps_to_match(points, points) for points, _ in pairs)
+    return sum(starmap(steps_to_match, pairs)) / before if before else float("nan")
 
 
 # --- the forecast ---
@@ -276,29 +266,37 @@ def _at(cell: Row, i: int, j: int | None) -> bool:
 
 
 def recycled_table(document: Row) -> str:
-    """FT alone, transferring then fine-tuning, and Algorithm 1; final scores, and steps."""
+    """FT alone, transferring then fine-tuning, and Algorithm 1: final scores, then steps."""
     families = document["families"]
-    like = _like_paper(document)
     rows = []
     for i in range(1, len(families[0]["base"])):
-        first, direct = _ends(families, i, 0), _ends(families, i, i - 1)
-        ours = [_ends(families, i, None), first, direct]
-        ours.append([family["iterative"][i - 1][-1][1] for family in families])
-        papers: list[float | None] = [None] * 4
-        if like:
-            papers[1] = OLMO_FROM_FIRST.get(i, (None, None))[1]
-            papers[0], papers[2], papers[3] = OLMO_RECYCLED.get(i, (None, None, None))
-        steps = [s for f in families for s in reached(f) if s[:2] == (i, i - 1)]
-        old = [s for f in families for s in reached(f) if s[:2] == (i, 0)]
-        counts = [[s[2] for s in steps], [s[3] for s in steps], [s[3] for s in old]]
-        cells = [_beside(_middle(v), p) for v, p in zip(ours, papers, strict=True)]
-        rows.append([f"M{i + 1}", *cells, *(f"{statistics.median(c):g}" for c in counts)])
-    head = ["then FT", "FT(M)", "from M + Δ1", "direct", "iterative"]
-    return table([*head, "steps from M", "from M + Δ before", "from M + Δ1"], rows)
+        ways = [_curves(families, i, source) for source in (None, 0, i - 1)]
+        ways.append([family["iterative"][i - 1] for family in families])
+        papers = _paper_ends(i) if _like_paper(document) else (None,) * 4
+        ends = [_middle(points[-1][1] for points in way) for way in ways]
+        rows.append([f"M{i + 1}", *map(_beside, ends, papers), *(_steps(ways[0], w) for w in ways)])
+    head = ["FT(M)", "M + Δ1", "direct", "iterative"]
+    return table(["", *head, *(f"steps, {name}" for name in head)], rows)
 
 
-def _ends(families: Sequence[Row], i: int, j: int | None) -> list[float]:
-    return [c["points"][-1][1] for f in families for c in f["curves"] if _at(c, i, j)]
+def _curves(families: Sequence[Row], i: int, j: int | None) -> list[Points]:
+    return [c["points"] for f in families for c in f["curves"] if _at(c, i, j)]
+
+
+def _paper_ends(i: int) -> tuple[float | None, ...]:
+    alone, direct, iterative = OLMO_RECYCLED.get(i, (None, None, None))
+    return alone, OLMO_FROM_FIRST.get(i), direct, iterative
+
+
+def _steps(alone: Sequence[Points], others: Sequence[Points]) -> str:
+    """Median of the steps to the score that each family's FT(M) ends with."""
+    return f"{statistics.median(map(steps_to_match, alone, others)):g}"
+
+
+def steps_to_match(alone: Points, points: Points) -> int:
+    """One that never gets there counts with all its steps."""
+    reached = steps_to_reach(points, alone[-1][1] - NEARLY)
+    return int(points[-1][0]) if reached is None else reached
 
 
 def findings_table(document: Row) -> str:
@@ -353,7 +351,7 @@ def _met(met: bool) -> str:
 
 
 def draw(document: Row, file: Path) -> None:
-    """The matrix of gains, and the curves of the last version, medians over the families."""
+    """The mean gains, and the median curves of the last version."""
     import matplotlib
 
     matplotlib.use("Agg")
