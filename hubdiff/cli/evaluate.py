@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -70,7 +71,11 @@ def task_options(function: F) -> F:
 
 def split_tasks(options: dict[str, Any]) -> dict[str, Any]:
     """``--tasks a,b --tasks c`` as a list."""
-    names = [name.strip() for words in options["tasks"] for name in words.split(",")]
+    names = [
+        name.strip()
+        for words in options["tasks"]
+        for name in ([words] if Path(words).exists() else words.split(","))
+    ]
     return {**options, "tasks": [name for name in names if name]}
 
 

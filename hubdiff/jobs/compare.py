@@ -11,8 +11,9 @@ from typing import Any
 from hubdiff.card import comparison_page
 from hubdiff.errors import HubdiffError
 from hubdiff.files import FileTree, open_tree
-from hubdiff.jobs.evaluate import Asked, Bench, Evaluated, Subject, require_output
-from hubdiff.lab.comparison import Paired, Recovery, paired, recovery
+from hubdiff.jobs.check import check
+from hubdiff.jobs.evaluate import Asked, Bench, Evaluated, Subject, again, require_output
+from hubdiff.lab.comparison import Paired, Recovery, paired, recovery, recovery_of_scores
 from hubdiff.lab.scores import TaskScore
 from hubdiff.manifest import read_manifest
 from hubdiff.progress import Progress
@@ -150,6 +151,12 @@ def _subjects(
             next_step="Name the folder with --base.",
         )
     on, own = _open(target), _open(base)
+    if tuned is None and not check(again(change), again(own)).own_base:
+        raise HubdiffError(
+            f"{change.pin} was not made from {own.pin}: on it, it gives another model than the "
+            "tuned one",
+            next_step="Give its own base with --base, or the tuned model with --tuned.",
+        )
     subjects = {
         BASE: Subject.of(own),
         TUNED: Subject.of(_open(tuned)) if tuned else Subject.of(own, [(change, 1.0)]),
@@ -174,6 +181,8 @@ def _task(scores: Mapping[str, TaskScore], seed: int) -> TaskComparison:
         share = recovery(
             target.outcomes, result.outcomes, best.outcomes, seed, higher_is_better=higher
         )
+    if best is not None and not (target.outcomes and result.outcomes and best.outcomes):
+        share = recovery_of_scores(target.value, result.value, best.value, higher_is_better=higher)
     return TaskComparison(target.name, tuple(scores.values()), change, share)
 
 

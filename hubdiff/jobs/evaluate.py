@@ -6,11 +6,12 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubdiff.checkpoint import require_model
-from hubdiff.errors import HubdiffError
+from hubdiff.errors import HubdiffError, OutputExists
 from hubdiff.files import FileTree, open_tree
 from hubdiff.jobs.finetune import require_all, usable_model
 from hubdiff.jobs.load import load, model_class, side_files
@@ -28,7 +29,7 @@ from hubdiff.manifest import read_manifest
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef, parse_weighted
 from hubdiff.sidecars import Carried, classify
-from hubdiff.writer import disk_errors, write_whole
+from hubdiff.writer import disk_errors, only_run, write_whole
 
 if TYPE_CHECKING:
     from hubdiff.lab.harness import Tasks
@@ -50,6 +51,7 @@ class Subject:
     def parse(cls, text: str | Path, scale: float = 1.0) -> Subject:
         """MODEL, or MODEL+DELTA+… A folder may have a + in its name. Raises ``HubdiffError``."""
         words = [str(text)] if isinstance(text, Path) else str(text).split("+")
+        words = [word.strip() for word in words]
         model = words.pop(0)
         while words and not Path(model).exists() and Path(f"{model}+{words[0]}").exists():
             model += f"+{words.pop(0)}"
@@ -118,7 +120,8 @@ class Evaluated:
             folder.mkdir(parents=True, exist_ok=True)
         for task, lines in self.samples.items():
             text = "".join(json.dumps(line, default=_plain) + "\n" for line in lines)
-            write_whole(folder / f"{SAMPLES}_{task}.jsonl", text.encode())
+            name = re.sub(r"[^\w.-]", "_", task)
+            write_whole(folder / f"{SAMPLES}_{name}.jsonl", text.encode())
         write_whole(folder / RESULTS, (json.dumps(self.as_json(), indent=2) + "\n").encode())
 
 
@@ -165,10 +168,10 @@ def evaluate(
     subject = Subject.parse(model, scale)
     bench = Bench(asked, progress)
     made = bench.evaluate(subject)
-    if made is not None and card is not None:
-        made = replace(made, card=_to_card(made, ModelRef.parse(card), create_pr))
     if made is not None and output is not None:
         made.write(Path(output))
+    if made is not None and card is not None:
+        made = replace(made, card=_to_card(made, ModelRef.parse(card), create_pr))
     bench.finish()
     return made
 
@@ -207,7 +210,7 @@ class Bench:
         from hubdiff.lab.training import quiet
 
         with quiet():
-            self._tasks = Tasks(wanted)
+            self._tasks = Tasks(wanted, asked.seed)
 
     def evaluate(self, subject: Subject) -> Evaluated | None:
         """None in processes that are not the first."""
@@ -215,16 +218,22 @@ class Bench:
 
         state = _state(subject, self._how)
         self._states.append(state)
-        with quiet():
+        with quiet(), only_run(state) if _first() else nullcontext():
             made = _evaluate(subject, self._tasks, self._how, state, self._progress)
         gc.collect()  # a model is full of cycles: two of them would be in memory
         return made
 
     def finish(self) -> None:
         """All is kept elsewhere: the answers may go."""
-        if int(os.environ.get("RANK", 0)) == 0:
-            for state in self._states:
+        if not _first():
+            return
+        for state in self._states:
+            with suppress(OutputExists), only_run(state):  # another run may be at it by now
                 shutil.rmtree(state, ignore_errors=True)
+
+
+def _first() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def require_extra(backend: str = BACKENDS[0]) -> None:
@@ -255,12 +264,21 @@ def _require_places(output: str | Path | None, card: str | Path | None) -> None:
         from hubdiff.hub import require_token
 
         require_token()
-        open_tree(ref, cache=False)
+        _require_card(open_tree(ref, cache=False))
     elif not ref.path.is_dir():
         raise HubdiffError(
             f"there is no folder {card} whose card could take the scores",
             next_step="Give a model folder, or a repo.",
         )
+    else:
+        _require_card(open_tree(ref, cache=False))
+
+
+def _require_card(tree: FileTree) -> None:
+    from hubdiff.lab.score_card import with_scores
+
+    if "README.md" in tree.files():
+        with_scores(tree.read_bytes("README.md").decode("utf-8", "replace"), "name", (), "")
 
 
 def require_output(path: Path) -> None:
@@ -284,7 +302,8 @@ def _state(subject: Subject, how: Asked) -> Path:
     """Where answers are kept: for this model, asked in this way, with these libraries."""
     from hubdiff.hub import home
 
-    asked = [how.device, how.spread, how.backend, how.batch, how.chat_template, how.seed]
+    # How many at a time is left out: whoever ran out of memory goes on with fewer.
+    asked = [how.device, how.backend, how.chat_template, how.seed]
     words = json.dumps([subject.identity(), asked, _libraries()])
     key = hashlib.sha256(words.encode()).hexdigest()[:24]
     return home() / "hubdiff" / "evaluations" / key
@@ -306,7 +325,6 @@ def _evaluate(
             model,
             limit=how.limit,
             chat_template=how.chat_template,
-            seed=how.seed,
             answers=state / "answers",
         )
     if found is None:
@@ -341,6 +359,11 @@ def _model(subject: Subject, how: Asked, progress: Progress) -> Iterator[Any]:
 
         folder = Path(small)
         _side_files(subject, folder)
+        if not model_class(folder).can_generate():
+            raise HubdiffError(
+                f"{subject} is no language model that writes: the harness has no questions for it",
+                next_step="Give a model with a head for language modelling.",
+            )
         with usable_model(f"the config or the tokenizer of {subject}"):
             model = Model(
                 folder,
@@ -403,10 +426,11 @@ def _memory_advice(subject: Subject, how: Asked) -> Iterator[None]:
         size = sum(info.size for path, info in subject.model.files().items() if _weights(path))
         ways = [f"--batch-size {how.batch // 2}"] if how.batch > 1 else []
         ways += [] if how.spread else ["--spread over several GPUs"]
+        ways = [" or ".join(ways) + ", which goes on from the answers there are"] if ways else []
         raise HubdiffError(
             f"the memory of {how.device} is full: the weights of {subject} take "
             f"{size / 1e9:.1f} GB, and the requests come on top",
-            next_step=f"Try {', '.join([*ways, '--device cpu'])}; answers so far are kept.",
+            next_step=f"Try {'; or '.join([*ways, '--device cpu'])}.",
         ) from error
 
 

@@ -85,6 +85,13 @@ def tune_scale(
     def measure(scale: float) -> Tried:
         made = bench.evaluate(Subject.of(on, [(change, 1.0)], scale))
         assert made is not None  # one process: the command line sees to it
+        whole = next((one.name for one in made.scores if not one.outcomes), None)
+        if whole is not None:
+            raise HubdiffError(
+                f"the score of {whole} is no mean over its examples: one half of them can't choose "
+                "a scale",
+                next_step="Take a task with accuracy, exact match or another such metric.",
+            )
         scores[scale] = made.scores
         return Tried(scale, *halves(made.scores), _stderr(made.scores))
 

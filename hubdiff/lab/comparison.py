@@ -14,6 +14,7 @@ import numpy as np
 from hubdiff.lab.scores import Key
 
 _RESAMPLED = 9_999
+_AT_ONCE = 1 << 20  # numbers in memory
 _INTERVAL = (2.5, 97.5)
 
 
@@ -50,19 +51,22 @@ def paired(
     *,
     higher_is_better: bool = True,
 ) -> Paired | None:
-    """None where there is no example that both answered. McNemar's exact test where every outcome
-    is 0 or 1, else a permutation test that exchanges the two at random, example by example."""
+    """None where there is no example that both answered, or an answer that is no number. McNemar's
+    exact test where every outcome is 0 or 1, else a permutation test that exchanges the two at
+    random, example by example."""
     keys = [key for key in first if key in second]
     if not keys:
         return None
     a, b = (np.array([one[key] for key in keys]) for one in (first, second))
     d = b - a
+    if not np.isfinite(d).all():
+        return None
     larger, smaller = int((d > 0).sum()), int((d < 0).sum())
     better, worse = (larger, smaller) if higher_is_better else (smaller, larger)
     stderr = float(d.std(ddof=1) / np.sqrt(len(d))) if len(d) > 1 else 0.0
     binary = bool(np.isin(np.concatenate([a, b]), (0.0, 1.0)).all())
     p = _mcnemar(better, worse) if binary else _permuted(d, seed)
-    test = "McNemar, exact" if binary else f"paired permutations, {_RESAMPLED:,}"
+    test = "McNemar, exact" if binary else "paired permutations"
     return Paired(len(keys), float(d.mean()), stderr, better, worse, p, test)
 
 
@@ -83,6 +87,7 @@ def _permuted(differences: np.ndarray, seed: int) -> float:
         permutation_type="samples",
         vectorized=True,
         n_resamples=_RESAMPLED,
+        batch=max(1, _AT_ONCE // len(differences)),
         rng=np.random.default_rng(seed),
     )
     return float(found.pvalue)
@@ -103,6 +108,8 @@ def recovery(
         return Recovery(None, None, None)
     rows = np.array([[one[key] for key in keys] for one in (target, result, tuned_target)])
     rows = rows if higher_is_better else -rows
+    if not np.isfinite(rows).all():
+        return Recovery(None, None, None)
     share = _share(rows.mean(axis=1))
     if share is None:
         return Recovery(None, None, None)
@@ -117,6 +124,14 @@ def recovery(
         return Recovery(share, None, None)
     low, high = (float(value) for value in np.percentile(known, _INTERVAL))
     return Recovery(share, low, high)
+
+
+def recovery_of_scores(
+    target: float, result: float, tuned_target: float, *, higher_is_better: bool = True
+) -> Recovery:
+    """The same from the scores alone, where they are no means over examples: without interval."""
+    scores = [score if higher_is_better else -score for score in (target, result, tuned_target)]
+    return Recovery(_share(scores), None, None)
 
 
 def _share(means: Sequence[float] | np.ndarray) -> float | None:

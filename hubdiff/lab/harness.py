@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import random
+import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partialmethod
@@ -59,6 +60,9 @@ class Model(HFLM):
         with self._shown(requests):
             return super().generate_until(requests, disable_tqdm=True)
 
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = True, **more: Any) -> Any:
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, **more)
+
     @contextlib.contextmanager
     def _shown(self, requests: Any) -> Iterator[None]:
         self._progress.start("answering", len(requests), "requests")
@@ -81,15 +85,16 @@ class Tasks:
     """The tasks of an evaluation, found and their data read. Raises ``HubdiffError`` for one that
     does not exist, whose data can't be had, or that is another than its suite was written for."""
 
-    def __init__(self, wanted: Sequence[Wanted]) -> None:
-        self.wanted = tuple(wanted)
+    def __init__(self, wanted: Sequence[Wanted], seed: int) -> None:
+        self.wanted, self._seed = tuple(wanted), seed
+        _seed(seed)  # some tasks shuffle their choices as they are read
         gone = [one.task for one in wanted if _names_file(one.task) and not _is_file(one.task)]
         if gone:
             raise HubdiffError(
                 f"there is no file {gone[0]}", next_step="Check the path of the task."
             )
         # The harness's own tasks are thousands of files, which take seconds to list.
-        only_files = all(_is_file(one.task) for one in wanted)
+        only_files = all(_is_file(one.task) and not _is_group(one.task) for one in wanted)
         self._manager = TaskManager(include_defaults=not only_files)
         self.loaded = [self._load(one) for one in wanted]
         names = [name for tasks in self.loaded for name in tasks]
@@ -130,19 +135,18 @@ class Tasks:
         *,
         limit: int | None,
         chat_template: bool,
-        seed: int,
         answers: Path,
     ) -> dict[str, Any] | None:
         """What the harness says of ``model``; None in processes that are not the first. Answers are
         kept in ``answers``, and taken from there."""
-        _seed(seed)
+        _seed(self._seed)
         tasks = {name: task for tasks in self.loaded for name, task in tasks.items()}
         for task in tasks.values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=seed)
+            task.set_fewshot_seed(seed=self._seed)
         with _quiet():
-            kept = CachingLM(model, f"{answers}-{model.rank}.db")
+            kept = CachingLM(model, _usable(Path(f"{answers}-{model.rank}.db")))
             found: dict[str, Any] | None = lm_eval.evaluate(
                 kept,
                 task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
@@ -162,6 +166,18 @@ class Tasks:
         )
 
 
+def _usable(file: Path) -> str:
+    """Answers that can be read; what a damaged file held is asked again."""
+    try:
+        with contextlib.closing(sqlite3.connect(file)) as answers:
+            sound = answers.execute("PRAGMA quick_check").fetchone() == ("ok",)
+    except sqlite3.DatabaseError:
+        sound = False
+    if not sound:
+        file.unlink()
+    return str(file)
+
+
 def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
@@ -170,6 +186,12 @@ def _seed(seed: int) -> None:
 
 def _is_file(task: str) -> bool:
     return _names_file(task) and Path(task).is_file()
+
+
+def _is_group(file: str) -> bool:
+    """A group may name tasks of the harness."""
+    text = Path(file).read_text(encoding="utf-8", errors="replace")
+    return any(line.startswith("group:") for line in text.splitlines())
 
 
 def _names_file(task: str) -> bool:
@@ -232,7 +254,7 @@ def _score(wanted: Wanted, tasks: Mapping[str, Any], found: Mapping[str, Any]) -
         dataset_commit(dataset) if on_hub else None,
         str(first.get_config("output_type")),
         tuple(measured),
-        _outcomes(list(tasks), metrics, found),
+        _outcomes(chosen, found),
     )
 
 
@@ -244,42 +266,65 @@ def _measured(task: str, found: Mapping[str, Any]) -> Iterator[Measured]:
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         stderr = numbers.get(f"{metric}_stderr,{picked}")
-        known = isinstance(stderr, int | float) and math.isfinite(stderr)
+        if not isinstance(stderr, int | float):
+            stderr = _spread(list(_single(task, metric, picked, float(value), found).values()))
+        known = stderr is not None and math.isfinite(stderr)
         yield Measured(
             task,
             metric,
             picked,
             float(value),
-            float(stderr) if known else None,
+            float(stderr) if known and stderr is not None else None,
             bool(higher.get(metric, True)),
             int(found["n-samples"][task]["effective"]),
         )
 
 
-def _outcomes(
-    tasks: Sequence[str], metrics: Sequence[str], found: Mapping[str, Any]
-) -> dict[Key, float]:
-    """What each example came to: the mean of the metrics, where they are numbers of one example
-    (perplexities are not)."""
+def _outcomes(chosen: Sequence[Measured], found: Mapping[str, Any]) -> dict[Key, float]:
+    """What each example came to: the mean of the metrics. Nothing where a score is more than the
+    mean over its examples, as a perplexity or an F1 is."""
     values: dict[Key, list[float]] = {}
-    for task in tasks:
-        for sample in found["samples"][task]:
-            for metric in metrics:
-                name, _, picked = metric.partition(",")
-                if sample["filter"] != picked or name not in sample:
-                    continue
-                try:
-                    number = float(np.mean(sample[name]))
-                except (TypeError, ValueError):
-                    continue
-                values.setdefault((task, int(sample["doc_id"])), []).append(number)
-    return {key: sum(found) / len(found) for key, found in values.items()}
+    for one in chosen:
+        single = _single(one.task, one.metric, one.filter, one.value, found)
+        if not single:
+            return {}
+        for number, value in single.items():
+            values.setdefault((one.task, number), []).append(value)
+    return {key: sum(of) / len(of) for key, of in values.items()}
+
+
+def _single(
+    task: str, metric: str, picked: str, value: float, found: Mapping[str, Any]
+) -> dict[int, float]:
+    """One metric of each example by its number; nothing where their mean is not ``value``. Of a
+    metric that has several numbers for one example, all of which count alike (IFEval's
+    instructions), that example's share of their mean."""
+    samples = [s for s in found["samples"][task] if s["filter"] == picked and metric in s]
+    lists = [s[metric] if isinstance(s[metric], list) else [s[metric]] for s in samples]
+    if not all(isinstance(v, int | float | np.number | np.bool_) for row in lists for v in row):
+        return {}
+    numbers = sum(map(len, lists))
+    outcomes = {
+        int(sample["doc_id"]): sum(map(float, row)) * len(lists) / numbers
+        for sample, row in zip(samples, lists, strict=True)
+    }
+    mean = sum(outcomes.values()) / len(outcomes) if outcomes else math.nan
+    return outcomes if math.isclose(mean, value, rel_tol=1e-6, abs_tol=1e-9) else {}
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    """The standard error of a mean."""
+    if len(values) < 2:
+        return None
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Neither bars nor advice nor prints of the harness; the caller's own settings again after."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate")]
+    loggers = [
+        logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate", "sqlitedict")
+    ]
     levels = [logger.level for logger in loggers]
     original = tqdm.__init__
     tqdm.__init__ = partialmethod(original, disable=True)

@@ -55,13 +55,13 @@ def _next(tried: Mapping[float, Tried]) -> float | None:
 
 def halves(scores: Sequence[TaskScore]) -> tuple[float, float]:
     """The mean score over tasks on the even and on the odd examples, small ones turned where small
-    is good. Tasks that have no outcome of single examples count with their score in both."""
+    is good."""
     means = [[], []]  # type: list[list[float]]
     for score in scores:
         sign = 1.0 if score.higher_is_better else -1.0
         for half, found in enumerate(means):
             values = [v for (_, number), v in score.outcomes.items() if number % 2 == half]
-            found.append(sign * (sum(values) / len(values) if values else score.value))
+            found.append(sign * sum(values) / len(values))
     even, odd = (sum(found) / len(found) for found in means)
     return even, odd
 

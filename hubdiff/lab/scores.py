@@ -50,7 +50,7 @@ class TaskScore:
         return {
             "name": self.name,
             "metrics": list(self.metrics),
-            "value": self.value,
+            "value": _number(self.value),
             "stderr": self.stderr,
             "higher_is_better": self.higher_is_better,
             "examples": self.examples,
@@ -61,8 +61,13 @@ class TaskScore:
                 "config": self.dataset_config,
                 "commit": self.dataset_commit,
             },
-            "measured": [vars(one) for one in self.measured],
+            "measured": [{**vars(one), "value": _number(one.value)} for one in self.measured],
         }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def pooled(measured: Sequence[Measured], metrics: int) -> tuple[float, float | None]:
