@@ -22,7 +22,7 @@ from hubdiff.refs import ModelRef
 CARD = "README.md"
 STARTED_FROM = "started_from"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_HEADER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+HEADER = re.compile(r"\A\ufeff?\s*---[ \t]*\r?\n(.*?)(?:\r?\n)?---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def card_facts(text: str) -> dict[str, Any]:
     ``CheckpointError``."""
     import yaml
 
-    header = _HEADER.match(text)
+    header = HEADER.match(text)
     if header is None:
         return {}
     try:

@@ -195,13 +195,46 @@ def test_a_stopped_evaluation_goes_on(
     assert [s.as_json() for s in resumed.scores] == [s.as_json() for s in other.scores]
 
 
+def test_fewer_at_a_time_go_on_too(family: tuple[Path, Path, Path], tasks: list[str]) -> None:
+    """What a full GPU is advised to do."""
+    with pytest.raises(KeyboardInterrupt):
+        run(family[1], tasks, progress=Stopping(24))
+    again = Stopping()
+    run(family[1], tasks, progress=again, batch=3)
+    assert sum(again.asked) == 40 + 80 - 24
+
+
+def test_damaged_answers_are_asked_again(
+    family: tuple[Path, Path, Path], tasks: list[str], home: Path
+) -> None:
+    for number, damage in enumerate((b"nothing", b"")):
+        with pytest.raises(KeyboardInterrupt):
+            run(family[1], tasks, progress=Stopping(24 + number))
+        (answers,) = home.rglob("answers*.db")
+        answers.write_bytes(damage)
+        again = Stopping()
+        run(family[1], tasks, progress=again)
+        assert sum(again.asked) == 40 + 80
+
+
+def test_a_second_run_keeps_out(family: tuple[Path, Path, Path], tasks: list[str]) -> None:
+    class Second(Stopping):
+        def start(self, what: str, total: int, unit: str = "") -> None:
+            if what == "answering":
+                with pytest.raises(HubdiffError, match="another"):
+                    run(family[1], tasks)
+            super().start(what, total, unit)
+
+    assert run(family[1], tasks, progress=Second()).scores
+
+
 def test_answers_are_of_one_model_only(
     family: tuple[Path, Path, Path], tasks: list[str], home: Path
 ) -> None:
     base, _, delta = family
     with pytest.raises(KeyboardInterrupt):
         run(on(base, delta), tasks, scale=0.5, progress=Stopping(30))
-    for model, more in ((base, {}), (on(base, delta), {"scale": 0.4}), (base, {"batch": 3})):
+    for model, more in ((base, {}), (on(base, delta), {"scale": 0.4}), (base, {"seed": 3})):
         progress = Stopping()
         run(model, tasks, progress=progress, **more)
         assert sum(progress.asked) == 40 + 80
@@ -375,6 +408,90 @@ def test_another_version_of_a_suite_s_task_is_refused(
                 run(family[0], [], suite="own")
 
 
+def test_other_metrics_than_means_have_no_outcomes(
+    family: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """A perplexity is no mean over examples, and small is good: nothing pretends to be."""
+    metric = {"metric": "word_perplexity", "aggregation": "weighted_perplexity"}
+    task = sort_task(
+        tmp_path,
+        "perplexity",
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{completion}}",
+        metric_list=[{**metric, "higher_is_better": False}],
+    )
+    (found,) = run(family[1], [str(task)]).scores
+    assert found.outcomes == {}
+    assert not found.higher_is_better
+    base, tuned, delta = family
+    with pytest.raises(HubdiffError, match="no mean over its examples"):
+        hubdiff.tune_scale(delta, base, tasks=[str(task)], device="cpu")
+    compared = hubdiff.compare(
+        delta, base, base=base, tuned_target=tuned, tasks=[str(task)], device="cpu"
+    )
+    (one,) = compared.tasks
+    assert one.change is None
+    assert one.recovery is not None
+    assert one.recovery.share == pytest.approx(1.0)
+    assert one.recovery.low is None
+
+
+PARTS = """\
+def parts(doc, results):
+    count = 1 + 2 * (doc["prompt"][5] in "jh")
+    right = [a == b for a, b in zip(results[0], doc["completion"])][:count]
+    return {"parts": right + [False] * (count - len(right))}
+
+
+def share(items):
+    flat = [x for row in items for x in row]
+    return sum(flat) / len(flat)
+"""
+
+
+def test_several_numbers_of_an_example_count_alike(
+    family: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """As IFEval's instructions: the score is that of all of them, and it has a standard error."""
+    (tmp_path / "parts.py").write_text(PARTS)
+    metric = {"metric": "parts", "aggregation": "SHARE", "higher_is_better": True}
+    task = sort_task(tmp_path, "by_parts", metric_list=[metric], process_results="PARTS")
+    text = task.read_text().replace("SHARE", "!function parts.share")
+    task.write_text(text.replace("PARTS", "!function parts.parts"))
+    base, _, delta = family
+    (one,) = run(on(base, delta), [str(task)], scale=0.6).scores
+    values = list(one.outcomes.values())
+    assert 0 < one.value < 1
+    assert sum(values) / len(values) == pytest.approx(one.value)
+    assert one.stderr is not None
+    assert 0.01 < one.stderr < 0.15
+
+
+SHUFFLE = """\
+import random
+
+
+def shuffled(docs):
+    return docs.map(lambda doc: {"order": random.sample("abcdef", 6)}, new_fingerprint=NAME)
+"""
+
+
+def test_a_seed_is_a_task_s_too(family: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """Some tasks shuffle their choices as they read their data (GPQA)."""
+    orders = []
+    for number, seed in enumerate((7, 7, 8)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        # A name of its own: the datasets library would give back what it made the first time.
+        (folder / "shuffle.py").write_text(SHUFFLE.replace("NAME", f"'seed{number}'"))
+        task = choice_task(folder, "shuffling", process_docs="DOCS")
+        task.write_text(task.read_text().replace("DOCS", "!function shuffle.shuffled"))
+        lines = run(family[0], [str(task)], seed=seed).samples["shuffling"]
+        orders.append([line["doc"]["order"] for line in lines])
+    assert orders[0] == orders[1] != orders[2]
+
+
 # --- where scores go ---
 
 
@@ -486,16 +603,71 @@ def _card(devhub: DevHub, repo: str) -> str:
     return Path(api.hf_hub_download(repo, "README.md")).read_text()
 
 
-def test_a_card_that_can_t_be_read_is_left_alone(
-    family: tuple[Path, Path, Path], tasks: list[str], tmp_path: Path
+KEPT = """\
+---
+# who wrote it
+license: mit
+language: no   # Norwegian
+model-index:
+- name: mine
+  results:
+  - task: {type: text-generation, name: other}
+    dataset: {type: d, name: d}
+    metrics:
+    - {type: acc, value: 0.5, extra: kept}
+
+tags: [a, b]
+---
+# Words
+"""
+CHANGES = {
+    "as it is": lambda text: text,
+    "CRLF": lambda text: text.replace("\n", "\r\n"),
+    "BOM": lambda text: "\ufeff" + text,
+    "no index": lambda text: text.replace("model-index", "x-index"),
+    "no header": lambda text: "# Words\n",
+    "empty": lambda text: "",
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_all_else_in_a_card_stays_as_it_is(change: str) -> None:
+    from hubdiff.lab.score_card import with_scores
+
+    old = CHANGES[change](KEPT)
+    once = with_scores(old, "org/mine", [score("a", 0.25), score("bad", math.nan)], "by hand")
+    new = with_scores(once, "org/mine", [score("a", 0.75)], "by hand")
+    for word in ("# who wrote it", "language: no   # Norwegian", "extra: kept", "tags: [a, b]"):
+        assert (word in new) == (word in old)
+    assert ("\r\n" in new) == ("\r\n" in old)
+    assert ("# Words" in new) == ("# Words" in old)
+    assert new.count("---") == 2
+    found = {one.task_name: one for one in ModelCard(new).data.eval_results}
+    assert found["a"].metric_value == 0.75
+    assert "bad" not in found
+    assert ("other" in found) == ("model-index" in old)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "---\na: [\n---\n",
+        "---\nmodel-index: 7\n---\nwords\n",
+        "---\n{model-index: [{name: x, results: []}], a: 1}\n---\n",
+        "---\nmodel-index:\n- {name: x, results: []}\n- {name: y, results: []}\n---\n",
+        "---\njust words\n---\n",
+    ],
+)
+def test_a_card_that_can_t_take_scores_is_left_alone_and_named_first(
+    text: str, family: tuple[Path, Path, Path], tasks: list[str], tmp_path: Path
 ) -> None:
-    for number, text in enumerate(["---\na: [\n---\n", "---\nmodel-index: 7\n---\nwords\n"]):
-        place = tmp_path / str(number)
-        place.mkdir()
-        (place / "README.md").write_text(text)
-        with pytest.raises(HubdiffError, match="card can't take scores"):
-            run(family[0], tasks[:1], card=place, limit=2)
-        assert (place / "README.md").read_text() == text
+    place, progress = tmp_path / "place", Stopping()
+    place.mkdir()
+    (place / "README.md").write_text(text)
+    with pytest.raises(HubdiffError, match="card can't take scores"):
+        run(family[0], tasks[:1], card=place, limit=2, progress=progress)
+    assert not progress.asked
+    assert (place / "README.md").read_text() == text
 
 
 def test_a_page_and_a_document(

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from huggingface_hub import (
-    EvalResult,
-    EvalResultEntry,
-    ModelCard,
-    ModelCardData,
-    eval_result_entries_to_yaml,
-)
+from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
+from huggingface_hub.repocard_data import eval_results_to_model_index
 
 __all__ = [
     "EvalResult",
     "EvalResultEntry",
-    "ModelCard",
-    "ModelCardData",
     "eval_result_entries_to_yaml",
+    "eval_results_to_model_index",
 ]
