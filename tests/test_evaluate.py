@@ -24,6 +24,7 @@ from hubdiff.cli import run as cli
 from hubdiff.devhub import DevHub
 from hubdiff.errors import HubdiffError
 from hubdiff.jobs.evaluate import Evaluated
+from hubdiff.lab.comparison import recovery_of_scores
 from hubdiff.lab.scores import Measured, TaskScore, pooled
 from hubdiff.lab.suites import read_suites
 
@@ -433,8 +434,13 @@ def test_other_metrics_than_means_have_no_outcomes(
     (one,) = compared.tasks
     assert one.change is None
     assert one.recovery is not None
-    assert one.recovery.share == pytest.approx(1.0)
+    by_name = dict(zip(compared.models, (s.value for s in one.scores), strict=True))
+    assert by_name["target + Δ"] == by_name["tuned target"] == found.value
+    learnt = found.value < by_name["target"]
+    assert one.recovery.share == (pytest.approx(1.0) if learnt else None)
     assert one.recovery.low is None
+    assert recovery_of_scores(8.0, 5.0, 2.0, higher_is_better=False).share == 0.5
+    assert recovery_of_scores(8.0, 5.0, 2.0).share is None
 
 
 PARTS = """\
@@ -591,11 +597,35 @@ def test_scores_go_into_a_repo_s_card(
         return json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
 
     assert "discussions" in evaluated("--create-pr")["card"]
+    assert _measured_on_hub(devhub, repo, Path(tasks[0]))
     assert "model-index" not in _card(devhub, repo)
     made = evaluated()
     assert made["model"].startswith(f"{repo}@")
     card = ModelCard(_card(devhub, repo))
     assert card.data.eval_results[0].metric_value == made["scores"][0]["value"]
+
+
+def _measured_on_hub(devhub: DevHub, model: str, task: Path) -> bool:
+    """The same task with its data in a dataset repo: its commit is what the scores say."""
+    api = HfApi(endpoint=devhub.url, token=devhub.token("demo"))
+    api.create_repo("org/letters", repo_type="dataset")
+    done = api.upload_file(
+        path_or_fileobj=task.with_name("held_out.jsonl"),
+        path_in_repo="train.jsonl",
+        repo_id="org/letters",
+        repo_type="dataset",
+    )
+    config = yaml.safe_load(task.read_text()) | {"dataset_path": "org/letters"}
+    del config["dataset_kwargs"]
+    file = task.with_name("from_hub.yaml")
+    file.write_text(yaml.safe_dump(config))
+    line = [sys.executable, "-m", "hubdiff", "eval", model, "--tasks", str(file), "--json"]
+    found = json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
+    return found["scores"][0]["dataset"] == {
+        "name": "org/letters",
+        "config": None,
+        "commit": done.oid,
+    }
 
 
 def _card(devhub: DevHub, repo: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from huggingface_hub.errors import StrictDataclassError as BadConfigValue
 
 from hubdiff.hub.client import endpoint, home, repo_facts, require_token
-from hubdiff.hub.datasets import benchmark_tasks, dataset_commit
+from hubdiff.hub.datasets import benchmark_tasks
 from hubdiff.hub.pointers import Pointers, create_tag, delete_tag, pointers
 from hubdiff.hub.search import Found, find_models
 from hubdiff.hub.tree import HubTree
@@ -27,7 +27,6 @@ __all__ = [
     "Pointers",
     "benchmark_tasks",
     "create_tag",
-    "dataset_commit",
     "delete_tag",
     "endpoint",
     "find_models",

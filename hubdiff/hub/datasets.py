@@ -4,17 +4,7 @@ from __future__ import annotations
 
 from hubdiff.errors import HubdiffError
 from hubdiff.hub.client import api, subject
-from hubdiff.hub.retry import retrying
 from hubdiff.hub.translate import translated
-
-
-def dataset_commit(name: str) -> str | None:
-    """What a dataset's main branch is at; None where the Hub does not say."""
-    try:
-        with translated(subject(name)):
-            return retrying(lambda: api().dataset_info(name).sha)
-    except HubdiffError:
-        return None
 
 
 def benchmark_tasks(name: str) -> list[str]:

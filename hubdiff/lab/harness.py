@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import random
+import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -23,7 +24,6 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from hubdiff.errors import HubdiffError
-from hubdiff.hub import dataset_commit
 from hubdiff.lab.scores import Key, Measured, TaskScore, pooled
 from hubdiff.lab.suites import Wanted
 from hubdiff.progress import Progress
@@ -251,11 +251,23 @@ def _score(wanted: Wanted, tasks: Mapping[str, Any], found: Mapping[str, Any]) -
         str(first.VERSION),
         dataset if on_hub else None,
         first.get_config("dataset_name") if on_hub else None,
-        dataset_commit(dataset) if on_hub else None,
+        _dataset_commit(first) if on_hub else None,
         str(first.get_config("output_type")),
         tuple(measured),
         _outcomes(chosen, found),
     )
+
+
+def _dataset_commit(task: Any) -> str | None:
+    """Of the Hub, by which the datasets library names the folder it keeps a dataset in; None where
+    it does not."""
+    splits = task.dataset.values() if isinstance(task.dataset, dict) else [task.dataset]
+    for split in splits:
+        for file in getattr(split, "cache_files", ()):
+            name = Path(file["filename"]).parent.name
+            if re.fullmatch(r"[0-9a-f]{40}", name):
+                return name
+    return None
 
 
 def _measured(task: str, found: Mapping[str, Any]) -> Iterator[Measured]:
