@@ -70,6 +70,17 @@ def train(
     look(steps)
 
 
+def tune(family: Family, model: Any, recipe: Recipe | Further, batches: Iterator[Batch]) -> Curve:
+    curve: Curve = []
+
+    def look(step: int) -> None:
+        if step % recipe.look_every == 0 or step == recipe.tune_steps:
+            curve.append((step, family.score(model)))
+
+    train(model, batches, recipe.tune_steps, recipe.tune_rate, look)
+    return curve
+
+
 def loss_of(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Of the labels only: a vocabulary of 49,152 for every token of a prompt costs more than the
     rest. Padding is on the right, where no answer sees it."""
@@ -85,6 +96,19 @@ def padded(rows: Sequence[Sequence[int]], starts: Sequence[int]) -> Batch:
     for line, (row, start) in enumerate(zip(rows, starts, strict=True)):
         labels[line, start : len(row)] = ids[line, start : len(row)]
     return ids, labels
+
+
+@torch.no_grad()
+def exact_match(model: Any, batches: Sequence[Batch]) -> float:
+    """Of greedy answers, in one pass: one that is right up to a token sees the tokens of the gold
+    answer, so all of it is right if each of these is the likeliest there."""
+    right: list[bool] = []
+    for ids, labels in batches:
+        hidden = model.model(input_ids=ids.to(DEVICE)).last_hidden_state[:, :-1]
+        counts, said = labels[:, 1:] != IGNORED, ids[:, 1:].clone()
+        said[counts] = model.lm_head(hidden[counts.to(DEVICE)]).argmax(-1).cpu()
+        right += (said == ids[:, 1:]).all(1).tolist()
+    return sum(right) / len(right)
 
 
 # --- characters ---
@@ -161,24 +185,10 @@ class Characters:
         self.save(model, folder)
 
     def fine_tune(self, model: Any, number: int) -> Curve:
-        recipe, curve = self._recipe, Curve()
+        return tune(self, model, self._recipe, self._task(self._seed + 50 + number))
 
-        def look(step: int) -> None:
-            if step % recipe.look_every == 0 or step == recipe.tune_steps:
-                curve.append((step, self.score(model)))
-
-        batches = self._task(self._seed + 50 + number)
-        train(model, batches, recipe.tune_steps, recipe.tune_rate, look)
-        return curve
-
-    @torch.no_grad()
     def score(self, model: Any) -> float:
-        """Exact match of greedy answers, in one pass: one that is right up to a letter sees the
-        letters of the gold answer, so it is right if every gold letter is the likeliest."""
-        ids, labels = (side.to(DEVICE) for side in self._held_out)
-        said = model(input_ids=ids).logits[:, :-1].argmax(-1)
-        right = (said == labels[:, 1:]) | (labels[:, 1:] == IGNORED)
-        return right.all(1).double().mean().item()
+        return exact_match(model, [self._held_out])
 
     def save(self, model: Any, folder: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(folder)
@@ -246,93 +256,96 @@ def load(folder: Path) -> Any:
 
 # --- SmolLM2 ---
 
-# Of every version after the first: steps on BoolQ's passages, and the learning rate.
-FURTHER = ((20, 1e-4), (20, 1e-3))
-SMOLLM_BATCH, SMOLLM_STEPS, SMOLLM_RATE = 8, 40, 5e-5
-WINDOW, MOST_TOKENS, QUESTIONS = 128, 128, 100
+
+@dataclass(frozen=True)
+class Further:
+    """``rates`` of the versions after the first, each of as many ``steps`` on BoolQ's passages;
+    and the fine-tune."""
+
+    task: str = "SIQA"
+    rates: tuple[float, ...] = (1e-4, 1e-3)
+    steps: int = 20
+    rows: int = 4
+    window: int = 128
+    tune_steps: int = 20
+    tune_rate: float = 5e-5
+    tune_rows: int = 8
+    look_every: int = 5
+    questions: int = 100
+    most_tokens: int = 128
+
+    def part(self, share: float) -> Further:
+        return replace(self, **{n: max(1, round(getattr(self, n) * share)) for n in _STEPS})
+
+
+_STEPS = ("steps", "tune_steps")
+# Of held-out questions that are answered at once.
+_AT_ONCE = 25
 
 
 class SmolLM2:
-    """SmolLM2-135M-Instruct, and versions trained on from it. The task is a set of questions with
-    lettered choices; an answer is right if its letter is the likeliest of the choices'."""
+    """SmolLM2-135M-Instruct, and versions trained on from it. The task is questions with lettered
+    choices, and an answer the letter and the words of one; all of it must match."""
 
-    def __init__(self, task: str, seed: int, share: float) -> None:
+    def __init__(self, recipe: Further, seed: int) -> None:
         from transformers import AutoTokenizer
 
-        self.count = self.stage_one = 1 + len(FURTHER)
-        self._seed, self._share = seed, share
+        self.count = self.stage_one = 1 + len(recipe.rates)
+        self._recipe, self._seed = recipe, 1000 * seed
         with tempfile.TemporaryDirectory() as place:
             make_base(Path(place))
             self._tokenizer: Any = AutoTokenizer.from_pretrained(place)
-        items = json_lines(f"{task}/test.jsonl")
+        items = json_lines(f"{recipe.task}/test.jsonl")
         random.Random(0).shuffle(items)
-        examples = [item for item in map(self._example, items) if len(item[0]) <= MOST_TOKENS]
-        self._held_out, self._examples = examples[:QUESTIONS], examples[QUESTIONS:]
-        self._letters = [self._ids(letter)[0] for letter in "ABCD"]
+        made = map(self._example, items)
+        examples = [(row, start) for row, start in made if len(row) <= recipe.most_tokens]
+        held_out, self._examples = examples[: recipe.questions], examples[recipe.questions :]
+        self._held_out = [
+            padded(*zip(*held_out[at : at + _AT_ONCE], strict=True))
+            for at in range(0, len(held_out), _AT_ONCE)
+        ]
 
     def train_version(self, number: int, before: Path | None, folder: Path) -> None:
         if before is None:
             make_base(folder)
             return
-        model, (steps, rate) = load(before), FURTHER[number - 1]
-        train(model, self._text(self._seed + number), self._few(steps), rate)
+        model, batches = load(before), self._text(self._seed + number)
+        train(model, batches, self._recipe.steps, self._recipe.rates[number - 1])
         self.save(model, folder)
 
     def fine_tune(self, model: Any, number: int) -> Curve:
-        steps, curve = self._few(SMOLLM_STEPS), Curve()
+        return tune(self, model, self._recipe, self._task(self._seed + number))
 
-        def look(step: int) -> None:
-            if step % 10 == 0 or step == steps:
-                curve.append((step, self.score(model)))
-
-        train(model, self._task(self._seed + number), steps, SMOLLM_RATE, look)
-        return curve
-
-    @torch.no_grad()
     def score(self, model: Any) -> float:
-        right = 0
-        for at in range(0, len(self._held_out), 25):
-            rows = self._held_out[at : at + 25]
-            ids = pad_sequence([torch.tensor(row[:start]) for row, start, _, _ in rows], True, 0)
-            hidden = model.model(input_ids=ids.to(DEVICE)).last_hidden_state
-            last = torch.tensor([start - 1 for _, start, _, _ in rows])
-            logits = model.lm_head(hidden[torch.arange(len(rows)), last])[:, self._letters]
-            for line, (_, _, gold, choices) in zip(logits, rows, strict=True):
-                right += int(line[:choices].argmax()) == gold
-        return right / len(self._held_out)
+        return exact_match(model, self._held_out)
 
     def save(self, model: Any, folder: Path) -> None:
         model.to(torch.bfloat16).save_pretrained(folder)
         self._tokenizer.save_pretrained(folder)
 
-    def _few(self, steps: int) -> int:
-        return max(1, round(steps * self._share))
-
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _example(self, item: dict[str, str]) -> tuple[list[int], int, int, int]:
-        """Tokens, where the answer starts, which choice is right and of how many."""
+    def _example(self, item: dict[str, str]) -> tuple[list[int], int]:
+        """Tokens, and where the answer starts."""
         parts = [item[key] for key in ("passage", "question", "options") if key in item]
         turn = [{"role": "user", "content": "\n".join(parts)}]
         prompt = self._tokenizer.apply_chat_template(
             turn, tokenize=False, add_generation_prompt=True
         )
         start = self._ids(prompt)
-        answer = self._ids(item["answer"] + self._tokenizer.eos_token)
-        choices = item["options"].count("\n") + 1
-        return start + answer, len(start), ord(item["answer"][0]) - ord("A"), choices
+        return start + self._ids(item["answer"] + self._tokenizer.eos_token), len(start)
 
     def _text(self, seed: int) -> Iterator[Batch]:
         passages = "\n\n".join(row["passage"] for row in json_lines("BoolQ/dev.jsonl")[:800])
         stream, generator = torch.tensor(self._ids(passages)), torch.Generator().manual_seed(seed)
+        last, window = len(stream) - self._recipe.window, torch.arange(self._recipe.window)
         while True:
-            starts = torch.randint(len(stream) - WINDOW, (4, 1), generator=generator)
-            ids = stream[starts + torch.arange(WINDOW)]
+            starts = torch.randint(last, (self._recipe.rows, 1), generator=generator)
+            ids = stream[starts + window]
             yield ids, ids
 
     def _task(self, seed: int) -> Iterator[Batch]:
         rng = random.Random(seed)
         while True:
-            chosen = rng.sample(self._examples, SMOLLM_BATCH)
-            yield padded([row for row, *_ in chosen], [start for _, start, _, _ in chosen])
+            yield padded(*zip(*rng.sample(self._examples, self._recipe.tune_rows), strict=True))

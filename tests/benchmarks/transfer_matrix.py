@@ -28,7 +28,17 @@ from typing import Any
 import torch
 from harness import Peers, Row, arguments, main
 from sizes import made
-from transfer_families import DEVICE, SIZES, Characters, Curve, Family, SmolLM2, load
+from transfer_families import (
+    DEVICE,
+    SIZES,
+    Characters,
+    Curve,
+    Family,
+    Further,
+    Recipe,
+    SmolLM2,
+    load,
+)
 from transfer_report import draw, findings, render
 from transformers.utils import logging as transformers_logging
 
@@ -140,15 +150,11 @@ def checked(delta: Path, target: Path) -> Row:
 
 
 def lab_of(options: argparse.Namespace, seed: int) -> Lab:
-    if options.size == "smollm2":
-        family: Family = SmolLM2(options.task, seed, options.part)
-        what = f"{options.task} {options.part}"
-    else:
-        recipe = SIZES[options.size].part(options.part)
-        family, what = Characters(recipe, seed), repr(recipe)
-    mark = hashlib.sha256(what.encode()).hexdigest()[:8]  # another recipe, other models
+    recipe: Recipe | Further = SIZES.get(options.size, Further(options.task)).part(options.part)
+    mark = hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]  # another recipe, other models
     root = options.folder / "transfer_matrix" / f"{options.size}-{mark}"
-    return Lab(family, root / f"seed-{seed}")
+    made_of = SmolLM2 if isinstance(recipe, Further) else Characters
+    return Lab(made_of(recipe, seed), root / f"seed-{seed}")
 
 
 def measure(options: argparse.Namespace, _: Peers) -> Row:
