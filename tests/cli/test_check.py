@@ -27,7 +27,7 @@ def test_a_near_target(hubdiff: Run, family: Family, tmp_path: Path) -> None:
 
 
 def test_exit_codes_tell_the_verdict(hubdiff: Run, family: Family, tmp_path: Path) -> None:
-    far = models.save(tmp_path / "far", models.moved(models.weights(), 1.2e-2, seed=7))
+    far = models.save(tmp_path / "far", models.moved(models.weights(), 7e-3, seed=7))
     other = models.save(tmp_path / "other", models.weights(seed=5))
     for target, code, verdict in ((far, 3, "doubtful"), (other, 4, "refuse")):
         said = hubdiff("check", family.delta, "--to", str(target))
