@@ -8,7 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import PutRepo
 from huggingface_hub import HfApi, ModelCard
 
 import hubdiff
@@ -586,7 +585,7 @@ def test_scores_go_into_a_repo_s_card(
     devhub: DevHub,
     family: tuple[Path, Path, Path],
     tasks: list[str],
-    put_repo: PutRepo,
+    put_repo: Callable[..., str],
 ) -> None:
     _, tuned, _ = family
     repo = put_repo({p.name: p.read_bytes() for p in tuned.iterdir() if p.is_file()})
