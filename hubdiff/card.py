@@ -215,11 +215,9 @@ def tuned_card(
     )
 
 
-def comparison_page(**values: Any) -> str:
-    """The page of a comparison: ``models`` (name, ref), ``rows`` (task, examples, scores, recovery,
-    difference, better, worse, p, test: all as they are shown), ``limit``, ``libraries``,
-    ``picture`` and ``has_tuned_target``."""
-    return _body("comparison.md", {"title": "Base, target and delta side by side", **values})
+def page(name: str, **values: Any) -> str:
+    """A page of Markdown, which is no card: the template of that name with its values."""
+    return _body(name, values)
 
 
 def _render(name: str, metadata: Mapping[str, Any], **values: Any) -> str:
@@ -239,7 +237,7 @@ def _body(name: str, values: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
-    page = environment.from_string(template(name)).render(
+    body = environment.from_string(template(name)).render(
         **values,
         text=markdown.text,
         code=markdown.code,
@@ -249,7 +247,7 @@ def _body(name: str, values: Mapping[str, Any]) -> str:
         percent=percent,
         version=__version__,
     )
-    return f"{page.strip()}\n"
+    return f"{body.strip()}\n"
 
 
 def _vocabulary(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -53,6 +53,12 @@ _LEFT = "left"
 _joined = itertools.count()
 
 
+def is_first() -> bool:
+    """Whether this is the process that writes, of those that accelerate works in: unlike
+    ``launched`` it goes by these variables alone, whoever set them."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def launched() -> int:
     """How many processes torchrun started for this command: 1 without torchrun. ``WORLD_SIZE``
     alone does not count: clusters set it in every container, also where one command runs alone."""

@@ -91,6 +91,11 @@ class PinnedRef:
     def __str__(self) -> str:
         return _print_path(self.path) if self.path is not None else f"{self.repo}@{self.commit}"
 
+    @property
+    def again(self) -> str | Path:
+        """As a caller names this very commit, or folder, whatever else is called like it."""
+        return self.path if self.path is not None else f"{_SCHEME}{self.repo}@{self.commit}"
+
 
 def parse_weighted(text: str | os.PathLike[str]) -> tuple[ModelRef, float]:
     """A ref with its weight: what follows the last ``:`` when that is a number and a ref stands

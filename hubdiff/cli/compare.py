@@ -52,7 +52,13 @@ def command(session: Session, delta: str, target: str, **options: Any) -> None:
 
 
 def _draw(page: Page, found: Comparison) -> None:
-    from hubdiff.jobs.compare import TUNED_TARGET, p_words, recovery_words, score_words
+    from hubdiff.jobs.compare import (
+        TUNED_TARGET,
+        change_words,
+        p_words,
+        recovery_words,
+        score_words,
+    )
 
     page.fields(list(found.models.items()))
     page.line()
@@ -71,12 +77,11 @@ def _draw(page: Page, found: Comparison) -> None:
     )
     page.line()
     page.table(
-        ["target + Δ − target", "difference", "±", "better", "worse", "p"],
+        ["target + Δ − target", "difference", "better", "worse", "p"],
         [
             (
                 one.task,
-                f"{one.change.difference:+.4f}",
-                f"{one.change.stderr:.4f}",
+                change_words(one.change),
                 f"{one.change.better:,}",
                 f"{one.change.worse:,}",
                 p_words(one.change),

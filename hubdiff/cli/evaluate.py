@@ -12,7 +12,7 @@ from hubdiff.cli import _command as shared
 from hubdiff.cli._output import Page, Session, duration, pass_session
 
 if TYPE_CHECKING:
-    from hubdiff.jobs.evaluate import Evaluated
+    from hubdiff.jobs.bench import Evaluated
     from hubdiff.lab.scores import TaskScore
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -28,7 +28,7 @@ def task_options(function: F) -> F:
             metavar="NAME,…",
             help="Tasks of lm-evaluation-harness, YAML files, or SUITE/NAME; repeatable.",
         ),
-        click.option("--suite", metavar="NAME", help="A suite of tasks: paper."),
+        click.option("--suite", metavar="NAME", help="A suite of tasks: paper or global-mmlu."),
         click.option(
             "--limit",
             type=click.IntRange(min=1),
@@ -107,7 +107,7 @@ def command(session: Session, model: str, **options: Any) -> None:
     Tasks are the harness's (lm_eval ls tasks), YAML files of your own, which work offline with data
     of your own, or those of a suite. The suite "paper" has the tables of Lin et al. 2025: gsm8k,
     math, arc-c, gpqa, mmlu, ifeval, math500 and global-mmlu-mg, -si and -tr; --tasks paper/gsm8k
-    is one of them.
+    is one of them. "global-mmlu" has 42 languages, such as global-mmlu/sw.
 
     A run that was stopped goes on from the answers it has when the same command is run again.
     Several devices: accelerate launch -m hubdiff eval …, or --spread for a model that one does not

@@ -52,7 +52,7 @@ def command(session: Session, delta: str, target: str, **options: Any) -> None:
 
 
 def _draw(page: Page, found: TunedScale, plot: str | None) -> None:
-    from hubdiff.jobs.compare import p_words
+    from hubdiff.jobs.compare import change_words, p_words
 
     page.fields([("delta", found.delta), ("target", found.target)])
     page.line()
@@ -73,9 +73,7 @@ def _draw(page: Page, found: TunedScale, plot: str | None) -> None:
         [
             (
                 f"{name}, {found.best.scale:g} against 1",
-                f"{gain.difference:+.4f} ± {gain.stderr:.4f} on the other half, p {p_words(gain)}"
-                if gain
-                else None,
+                f"{change_words(gain)} on the other half, p {p_words(gain)}" if gain else None,
             )
             for name, gain in found.gain.items()
         ]

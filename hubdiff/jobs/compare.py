@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hubdiff.card import comparison_page
+from hubdiff.card import page
 from hubdiff.errors import HubdiffError
 from hubdiff.files import FileTree, open_tree
+from hubdiff.jobs.bench import Asked, Bench, Evaluated, Subject, require_output
 from hubdiff.jobs.check import check
-from hubdiff.jobs.evaluate import Asked, Bench, Evaluated, Subject, again, require_output
 from hubdiff.lab.comparison import Paired, Recovery, paired, recovery, recovery_of_scores
 from hubdiff.lab.scores import TaskScore
 from hubdiff.manifest import read_manifest
@@ -151,7 +151,7 @@ def _subjects(
             next_step="Name the folder with --base.",
         )
     on, own = _open(target), _open(base)
-    if tuned is None and not check(again(change), again(own)).own_base:
+    if tuned is None and not check(change.pin.again, own.pin.again).own_base:
         raise HubdiffError(
             f"{change.pin} was not made from {own.pin}: on it, it gives another model than the "
             "tuned one",
@@ -209,14 +209,15 @@ def _page(found: Comparison) -> str:
                 "examples": one.scores[0].examples,
                 "scores": [score_words(score) for score in one.scores],
                 "recovery": recovery_words(one.recovery),
-                "difference": f"{change.difference:+.4f} ± {change.stderr:.4f}" if change else "–",
+                "difference": change_words(change),
                 "better": change.better if change else "–",
                 "worse": change.worse if change else "–",
                 "p": p_words(change),
                 "test": change.test if change else "–",
             }
         )
-    return comparison_page(
+    return page(
+        "comparison.md",
         models=[{"name": name, "ref": ref} for name, ref in found.models.items()],
         rows=rows,
         limit=found.limit,
@@ -240,6 +241,13 @@ def recovery_words(found: Recovery | None) -> str:
     if found.low is None or found.high is None:
         return words
     return f"{words} ({100 * found.low:.0f} to {100 * found.high:.0f})"
+
+
+def change_words(change: Paired | None) -> str:
+    if change is None:
+        return "–"
+    spread = f" ± {change.stderr:.4f}" if change.stderr is not None else ""
+    return f"{change.difference:+.4f}{spread}"
 
 
 def p_words(change: Paired | None) -> str:

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 from hubdiff.checkpoint import open_checkpoint
 from hubdiff.delta import open_delta_tree
 from hubdiff.errors import HubdiffError
-from hubdiff.files import FileTree, open_tree
+from hubdiff.files import open_tree
 from hubdiff.jobs.finetune import require_all, require_extra, usable_model
-from hubdiff.jobs.load import model_class
+from hubdiff.jobs.load import model_class, model_side_files
 from hubdiff.jobs.merging import choose_device
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
-from hubdiff.sidecars import Carried, classify
 from hubdiff.writer import disk_errors, require_place
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ def connectivity(
             tree = open_tree(ModelRef.parse(delta), cache=cache)
             opened = stack.enter_context(open_delta_tree(tree))
         small = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hubdiff-")))
-        _side_files(trees[0], set(first.shards), small)
+        model_side_files(trees[0], small, set(first.shards))
 
         from hubdiff.lab.line import Line
 
@@ -146,14 +145,6 @@ def connectivity(
         with disk_errors(Path(plot)), Path(plot).open("wb") as stream:
             line_curves(steps, {one.name: one.losses for one in found}, stream)
     return result
-
-
-def _side_files(tree: FileTree, weights: set[str], folder: Path) -> None:
-    """Config and tokenizer, for those who want a folder."""
-    for path, info in tree.files().items():
-        plain = "/" not in path and path not in weights and info.size < 64 << 20
-        if plain and isinstance(classify(path, info.size, weights), Carried):
-            (folder / path).write_bytes(tree.read_bytes(path))
 
 
 def _examples(data: str | Path, folder: Path, limit: int, length: int) -> list[Tokens]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from hubdiff.jobs.push import Pushed, push_delta
 from hubdiff.lab.recipe import PAPER, Recipe, read_recipe
 from hubdiff.manifest import read_manifest
 from hubdiff.progress import Progress, Silent
+from hubdiff.ranks import is_first
 from hubdiff.refs import ModelRef
 from hubdiff.sidecars import Carried, classify
 from hubdiff.writer import disk_errors, only_run, output_folder, refuse_place, write_whole
@@ -122,20 +122,20 @@ def finetune(
     tree = open_tree(ModelRef.parse(base), cache=False)
     delta = open_tree(ModelRef.parse(from_delta), cache=False) if from_delta is not None else None
     _refuse_output(place, (tree, delta), (data, recipe), push_to, force)
-    with only_run(place) if _first() else nullcontext():
+    with only_run(place) if is_first() else nullcontext():
         from hubdiff.lab.training import quiet
 
         job = _Finetune(tree, delta, data, place, chosen, force, command, progress)
         with quiet():
             losses, examples, resumed = job.run()
     pushed = None
-    if push_to is not None and _first():
+    if push_to is not None and is_first():
         master = place / MASTER if job.has_master else None
         try:
             pushed = push_delta(
                 place,
                 push_to,
-                base=_again(tree),
+                base=tree.pin.again,
                 tuned_master=master,
                 private=private,
                 progress=progress,
@@ -202,11 +202,6 @@ def require_extra() -> None:
             f"fine-tuning needs {', '.join(missing)}, which is not installed",
             next_step="Run pip install 'hubdiff[finetune]'.",
         )
-
-
-def _first() -> bool:
-    """Whether this is the process that writes, of those that accelerate started."""
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def usable_model(what: str) -> AbstractContextManager[None]:
@@ -292,7 +287,7 @@ class _Finetune:
         trainer.require_numbers()
         self._progress.finish()
         self._save(trainer, len(examples), read_metrics(self._work / METRICS))
-        logged = read_metrics(self._place / METRICS) if _first() else []
+        logged = read_metrics(self._place / METRICS) if is_first() else []
         return tuple(line["loss"] for line in logged), len(examples), resumed
 
     def _begin(self) -> None:
@@ -316,8 +311,8 @@ class _Finetune:
             write_whole(file, (json.dumps(run, indent=2) + "\n").encode())
         if self._delta is not None and not (self._work / "start").is_dir():
             apply(
-                _again(self._delta),
-                _again(self._base),
+                self._delta.pin.again,
+                self._base.pin.again,
                 output=self._work / "start",
                 force=self._force,
                 progress=self._progress,
@@ -405,7 +400,7 @@ class _Finetune:
         """The result, which takes its place when all of it is there."""
         result = self._work / "result"
         state = trainer.accelerator.get_state_dict(trainer.model)
-        if not _first():
+        if not is_first():
             return
         shutil.rmtree(result, ignore_errors=True)
         with disk_errors(result):
@@ -499,12 +494,6 @@ def data_identity(data: str | Path) -> str:
     tree = open_tree(ModelRef(repo=None, revision=None, path=path.parent.absolute()), cache=False)
     with tree.open(path.name) as reader:
         return hash_reader(reader)
-
-
-def _again(tree: FileTree) -> str | Path:
-    """A ref to the very same commit, or folder."""
-    pin = tree.pin
-    return pin.path if pin.path is not None else f"{pin.repo}@{pin.commit}"
 
 
 def _same_run(file: Path, run: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hubdiff.configs import quantised
 from hubdiff.errors import CheckpointError, HubdiffError
+from hubdiff.files import FileTree
 from hubdiff.jobs.apply import apply
 from hubdiff.jobs.merging import (
     DeltaRef,
@@ -28,12 +29,14 @@ from hubdiff.plan import OWN_BASE, MergePlan, make_plan
 from hubdiff.progress import Silent
 from hubdiff.safetensors_io import Header, parse_header
 from hubdiff.scales import Scales
-from hubdiff.writer import Memory
+from hubdiff.sidecars import Carried, classify
+from hubdiff.writer import Memory, disk_errors
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+_LARGEST = 64 << 20
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 # What makes from_pretrained want a folder with the weights in it.
 _NEEDS_FOLDER = frozenset(
@@ -103,7 +106,17 @@ def load(
     )
 
 
-def side_files(
+def model_side_files(tree: FileTree, folder: Path, weights: Collection[str] = ()) -> None:
+    """Config and tokenizer of a model, into ``folder``, for those who want a folder."""
+    for path, info in tree.files().items():
+        plain = "/" not in path and path not in weights and info.size <= _LARGEST
+        if plain and isinstance(classify(path, info.size, weights), Carried):
+            data = tree.read_bytes(path)
+            with disk_errors(folder / path):
+                (folder / path).write_bytes(data)
+
+
+def result_side_files(
     delta: str | Path | Sequence[DeltaRef],
     target: str | Path,
     folder: Path,

@@ -199,7 +199,7 @@ class _Recycle:
             else:
                 with open_checkpoint(tree):  # refused now, not after the trainings before it
                     pass
-            self._state.pins[ref] = _ref(tree)
+            self._state.pins[ref] = str(tree.pin.again)
 
     def _refuse_delta(self, step: Step, tree: FileTree) -> None:
         """A Δ is that of its base: on another it would not be M*_1 − M_1."""
@@ -207,7 +207,7 @@ class _Recycle:
         same = base.repo is not None and base.repo == manifest.base.repo
         if same and base.revision == manifest.base.commit:
             return
-        if not check(_ref(tree), self._state.pins[step.base]).own_base:
+        if not check(tree.pin.again, self._state.pins[step.base]).own_base:
             raise wrong(
                 self._plan.file,
                 "bases[1]",
@@ -490,12 +490,6 @@ class _Recycle:
         with disk_errors(place):
             if place.is_dir():
                 shutil.rmtree(place)
-
-
-def _ref(tree: FileTree) -> str:
-    """A ref to this very commit, or folder."""
-    pin = tree.pin
-    return str(pin.path) if pin.path is not None else f"hf://{pin.repo}@{pin.commit}"
 
 
 def _given(ref: str) -> str | Path:

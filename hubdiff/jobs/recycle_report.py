@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hubdiff import markdown
+from hubdiff.card import page
 from hubdiff.lab.recycling import Plan, Step
 from hubdiff.summary import percent, size_text
-from hubdiff.writer import disk_errors
+from hubdiff.writer import disk_errors, write_whole
 
 MARKDOWN, JSON, CURVES = "report.md", "report.json", "losses.png"
 _NUMBERS = ("cosine", "drift", "along", "rounded_away")
@@ -74,14 +75,13 @@ def write_report(report: Mapping[str, Any], output: Path) -> None:
         for step in report["steps"]
         if step["losses"] and (lines := _metrics(output / step["name"]))
     }
-    with disk_errors(output):
-        if curves:
-            from hubdiff.lab.curve import loss_curves
+    if curves:
+        from hubdiff.lab.curve import loss_curves
 
+        with disk_errors(output):
             loss_curves(curves, output / CURVES)
-        (output / JSON).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        text = "\n".join(_markdown(report, bool(curves))) + "\n"
-        (output / MARKDOWN).write_text(text, encoding="utf-8")
+    write_whole(output / JSON, (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(output / MARKDOWN, _page(report, bool(curves)).encode())
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
@@ -128,28 +128,20 @@ def start_of(step: Mapping[str, Any]) -> str:
     return f"base + Δ of {step['started_from']['step']}" if step["started_from"] else "base"
 
 
-def _markdown(report: Mapping[str, Any], picture: bool) -> Iterator[str]:
-    finished, steps = report["finished"], report["steps"]
-    yield f"# Recycling: {markdown.text(report['plan'])}"
-    yield ""
-    yield (
-        f"{report['method'].capitalize()}, over {max(step['number'] for step in steps)} base "
-        f"versions, {report['recipe']['steps']:,} steps of {report['recipe']['batch']} on "
-        f"{markdown.code(report['data'])} each. "
-        + ("Finished." if finished else "**Not finished:** the same command goes on.")
+def _page(report: Mapping[str, Any], picture: bool) -> str:
+    steps = report["steps"]
+    return page(
+        "recycling.md",
+        report=report,
+        versions=max(step["number"] for step in steps),
+        headings=HEADINGS,
+        rows=[cells(step) for step in steps],
+        picture=CURVES if picture else None,
+        steps=[
+            {"name": step["name"], "facts": [(label, text) for label, text in _facts(step) if text]}
+            for step in steps
+        ],
     )
-    yield ""
-    yield f"| {' | '.join(HEADINGS)} |"
-    yield "|---" * len(HEADINGS) + "|"
-    for step in steps:
-        yield "| " + " | ".join(map(markdown.text, cells(step))) + " |"
-    if picture:
-        yield from ("", f"![The loss of every training, step by step]({CURVES})")
-    for step in steps:
-        yield from ("", f"## {markdown.text(step['name'])}", "", "| | |", "|---|---|")
-        yield from (f"| {label} | {text} |" for label, text in _facts(step) if text)
-    yield ""
-    yield "Whether a model got better at anything is for an evaluation to say."
 
 
 def _facts(step: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:

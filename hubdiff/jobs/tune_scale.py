@@ -10,7 +10,7 @@ from typing import Any
 
 from hubdiff.errors import HubdiffError
 from hubdiff.files import open_tree
-from hubdiff.jobs.evaluate import Asked, Bench, Subject
+from hubdiff.jobs.bench import Asked, Bench, Subject
 from hubdiff.lab.comparison import Paired, paired
 from hubdiff.lab.scale_search import Tried, best, halves, held_out, search
 from hubdiff.lab.scores import TaskScore
@@ -91,6 +91,12 @@ def tune_scale(
                 f"the score of {whole} is no mean over its examples: one half of them can't choose "
                 "a scale",
                 next_step="Take a task with accuracy, exact match or another such metric.",
+            )
+        few = next((one.name for one in made.scores if len(one.outcomes) < 2), None)
+        if few is not None:
+            raise HubdiffError(
+                f"{few} has one example: it can't choose a scale and say what it is worth",
+                next_step="Take a task with more examples.",
             )
         scores[scale] = made.scores
         return Tried(scale, *halves(made.scores), _stderr(made.scores))

@@ -21,12 +21,12 @@ _INTERVAL = (2.5, 97.5)
 @dataclass(frozen=True)
 class Paired:
     """``difference`` = mean of (second − first) over the ``examples`` both answered, with its
-    standard error. ``better`` and ``worse``: how many examples the second did so. ``p``: how often
-    chance alone would make a difference as large, either way."""
+    standard error (None of one example). ``better`` and ``worse``: how many examples the second did
+    so. ``p``: how often chance alone would make a difference as large, either way."""
 
     examples: int
     difference: float
-    stderr: float
+    stderr: float | None
     better: int
     worse: int
     p: float
@@ -63,7 +63,7 @@ def paired(
         return None
     larger, smaller = int((d > 0).sum()), int((d < 0).sum())
     better, worse = (larger, smaller) if higher_is_better else (smaller, larger)
-    stderr = float(d.std(ddof=1) / np.sqrt(len(d))) if len(d) > 1 else 0.0
+    stderr = float(d.std(ddof=1) / np.sqrt(len(d))) if len(d) > 1 else None
     binary = bool(np.isin(np.concatenate([a, b]), (0.0, 1.0)).all())
     p = _mcnemar(better, worse) if binary else _permuted(d, seed)
     test = "McNemar, exact" if binary else "paired permutations"
@@ -111,8 +111,8 @@ def recovery(
     if not np.isfinite(rows).all():
         return Recovery(None, None, None)
     share = _share(rows.mean(axis=1))
-    if share is None:
-        return Recovery(None, None, None)
+    if share is None or len(keys) == 1:
+        return Recovery(share, None, None)
     generator = np.random.default_rng(seed)
     drawn = [
         _share(rows[:, generator.integers(0, len(keys), len(keys))].mean(axis=1))

@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from hubdiff.errors import HubdiffError
+from hubdiff.errors import HubdiffError, OutputError
 from hubdiff.lab.scores import Key, Measured, TaskScore, pooled
 from hubdiff.lab.suites import Wanted
 from hubdiff.progress import Progress
@@ -145,7 +145,7 @@ class Tasks:
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=self._seed)
-        with _quiet():
+        with _quiet(), _kept_in(answers.parent):
             kept = CachingLM(model, _usable(Path(f"{answers}-{model.rank}.db")))
             found: dict[str, Any] | None = lm_eval.evaluate(
                 kept,
@@ -164,6 +164,19 @@ class Tasks:
             _score(wanted, tasks, found)
             for wanted, tasks in zip(self.wanted, self.loaded, strict=True)
         )
+
+
+@contextlib.contextmanager
+def _kept_in(folder: Path) -> Iterator[None]:
+    """Say in words what SQLite raises where answers can't be kept."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise OutputError(
+            f"the answers so far can't be kept in {folder}: {error}",
+            next_step="Is the disk full? Free some space, or set HF_HOME to a folder on another "
+            "disk; run it again to go on.",
+        ) from error
 
 
 def _usable(file: Path) -> str:
