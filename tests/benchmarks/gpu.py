@@ -350,23 +350,27 @@ def measure(
 ) -> dict[str, dict[str, Row]]:
     small = gigabytes is None
     size = make_models(folder, gigabytes)
-    return {
-        "kernels, resident": kernels(device, 1 << (16 if small else 26), runs),
-        "decoding a segment": frames(device, runs),
-        "limits": limits(device, folder, size if small else 1 << 30, runs),
-        "end to end": end_to_end(device, folder, size, runs),
+    parts: dict[str, Callable[[], dict[str, Row]]] = {
+        "kernels, resident": lambda: kernels(device, 1 << (16 if small else 26), runs),
+        "decoding a segment": lambda: frames(device, runs),
+        "limits": lambda: limits(device, folder, size if small else 1 << 30, runs),
+        "end to end": lambda: end_to_end(device, folder, size, runs),
     }
+    report = {}
+    for title, part in parts.items():
+        report[title] = part()
+        if not small:
+            print(*lines(title, report[title]), sep="\n", flush=True)
+    return report
 
 
-def lines(report: dict[str, dict[str, Row]]) -> list[str]:
-    made = []
-    for title, rows in report.items():
-        made.append(title)
-        for name, row in rows.items():
-            seconds = f"{row['seconds']:.4g} s ({row['min']:.4g}–{row['max']:.4g})"
-            peak = row.get("peak device bytes")
-            more = f"  {int(str(peak)) / 1e9:.2f} GB on the device" if peak is not None else ""
-            made.append(f"  {name:28} {seconds:34} {row['GB/s']:8.2f} GB/s{more}")
+def lines(title: str, rows: dict[str, Row]) -> list[str]:
+    made = [title]
+    for name, row in rows.items():
+        seconds = f"{row['seconds']:.4g} s ({row['min']:.4g}–{row['max']:.4g})"
+        peak = row.get("peak device bytes")
+        more = f"  {int(str(peak)) / 1e9:.2f} GB on the device" if peak is not None else ""
+        made.append(f"  {name:28} {seconds:34} {row['GB/s']:8.2f} GB/s{more}")
     return made
 
 
@@ -381,14 +385,16 @@ def main() -> None:
     device = torch.device("cuda:0" if here else "cpu")
     if not here:
         print("There is no CUDA device here: nothing is measured, the benchmark checks itself.")
+    about = machine(device)
+    if here:
+        print(about, flush=True)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=options.folder) as folder:
         gigabytes, runs = (options.gb, options.runs) if here else (None, 1)
         report = measure(device, Path(folder), gigabytes, runs)
-    text, about = lines(report), machine(device)
     if not here:
-        print(f"It runs ({len(text)} lines of results), and the results are the right bits.")
+        rows = sum(len(part) for part in report.values())
+        print(f"It runs ({rows} results), and the results are the right bits.")
         return
-    print(about, *text, sep="\n")
     if options.json:
         numbers = {"at": time.strftime("%F"), "machine": about, "report": report}
         options.json.write_text(json.dumps(numbers, indent=2))
