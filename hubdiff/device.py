@@ -23,13 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hubdiff import numerics
+from hubdiff import numerics, nvcomp
 from hubdiff.encodings import ENCODINGS, Stream, packed, planes, tails
 from hubdiff.encodings.dense import ESCAPE, Constant, Dense, Ranks, Signs, Symbols
 from hubdiff.encodings.places import Places
 from hubdiff.errors import CorruptPayload
 from hubdiff.manifest import Part
-from hubdiff.nvcomp import frame_decoder
 from hubdiff.payloads import DAMAGED, blamed, decode_blob, decode_tail
 from hubdiff.stream import new_buffer, unit_bytes
 
@@ -116,7 +115,7 @@ class Gpu:
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
-        self._frames = frame_decoder(self._device)
+        self._frames = nvcomp.frame_decoder(self._device)
         self._local = threading.local()
 
     @contextmanager
@@ -225,7 +224,7 @@ class _GpuWork:
         if stream.repeated is not None:
             shape, byte = (stream.raw_size,), stream.repeated
             return torch.full(shape, byte, dtype=torch.uint8, device=self.device)
-        if stream.framed and self._frames is not None:
+        if stream.framed and self._frames is not None and stream.raw_size <= nvcomp.LARGEST:
             return self._frames(stream, self._stage(np.frombuffer(stream.body, np.uint8)))
         return self._stage(stream.content())
 

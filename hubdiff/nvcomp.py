@@ -1,12 +1,17 @@
 """zstd frames decoded on an NVIDIA GPU by nvCOMP, where its Python package is installed.
 
-The package is an extra (``pip install "hubdiff[nvcomp]"``); without it frames are decoded on the
-CPU and their contents copied over. nvCOMP checks no zstd checksum: what protects the result is the
-hash of the whole payload, as it is for streams that are stored without a frame.
+The package is an extra (``pip install "hubdiff[nvcomp]"``), and it is used only where
+``HUBDIFF_NVCOMP=1`` asks for it: on an H200 nvCOMP 6.0, left to its usual chunk size of 64 KiB,
+wrote past its memory with frames of 1 MiB. The size is given now, and that has not run on a GPU
+since. Otherwise frames are decoded on the CPU and their contents copied over.
+
+nvCOMP checks no zstd checksum: what protects the result is the hash of the whole payload, as it is
+for streams that are stored without a frame.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +21,13 @@ from torch import Tensor
 
 from hubdiff.encodings import Stream
 
+LARGEST = 1 << 21  # bytes in a frame: more than a stream of one segment has
+
 
 def frame_decoder(device: torch.device) -> Callable[[Stream, Tensor], Tensor] | None:
     """What turns a framed stream and its body on ``device`` (uint8) into its bytes there. None
-    without nvCOMP, or where it can't be loaded."""
-    if device.type != "cuda":
+    without nvCOMP, where it can't be loaded, and where nobody asked for it."""
+    if device.type != "cuda" or os.environ.get("HUBDIFF_NVCOMP") != "1":
         return None
     try:
         from nvidia import nvcomp
@@ -54,6 +61,7 @@ class Frames:
                 device_id=self._device.index or 0,
                 cuda_stream=self._stream(),
                 bitstream_kind=self._nvcomp.BitstreamKind.RAW,
+                uncomp_chunk_size=LARGEST,
             )
         return self._local.codec
 

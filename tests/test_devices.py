@@ -479,7 +479,8 @@ def test_the_benchmark_checks_itself(tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_nvcomp_decodes_our_frames():
+def test_nvcomp_decodes_our_frames(monkeypatch):
+    monkeypatch.setenv("HUBDIFF_NVCOMP", "1")
     pytest.importorskip("nvidia.nvcomp", reason="nvCOMP is not installed: hubdiff[nvcomp]")
     decode = nvcomp.frame_decoder(torch.device("cuda:0"))
     assert decode is not None
@@ -495,9 +496,17 @@ def framed(size: int, declared: int | None = None) -> tuple[Stream, bytes]:
 
 
 def test_without_nvcomp_frames_are_decoded_on_the_cpu(monkeypatch):
-    monkeypatch.setitem(sys.modules, "nvidia.nvcomp", None)
+    monkeypatch.setenv("HUBDIFF_NVCOMP", "1")
+    monkeypatch.setitem(sys.modules, "nvidia", None)
     assert nvcomp.frame_decoder(torch.device("cuda")) is None
     assert nvcomp.frame_decoder(torch.device("cpu")) is None
+
+
+def test_nvcomp_has_to_be_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nvidia", types.SimpleNamespace(nvcomp=StandIn()))
+    assert nvcomp.frame_decoder(torch.device("cuda")) is None
+    monkeypatch.setenv("HUBDIFF_NVCOMP", "1")
+    assert nvcomp.frame_decoder(torch.device("cuda")) is not None
 
 
 class StandIn(types.SimpleNamespace):
@@ -509,6 +518,7 @@ class StandIn(types.SimpleNamespace):
         def __init__(self, **options: object) -> None:
             assert options["algorithm"] == "Zstd"
             assert options["bitstream_kind"] == "raw"
+            assert options["uncomp_chunk_size"] == nvcomp.LARGEST
 
         def decode(self, source: torch.Tensor) -> torch.Tensor:
             try:
@@ -529,8 +539,20 @@ def frames(monkeypatch: pytest.MonkeyPatch) -> nvcomp.Frames:
 
 
 def test_frames_come_from_the_decoder_of_the_device(frames, monkeypatch):
-    monkeypatch.setattr("hubdiff.device.frame_decoder", lambda device: frames)
+    monkeypatch.setattr(nvcomp, "frame_decoder", lambda device: frames)
     monkeypatch.setattr(Stream, "_unpacked", None)  # the CPU's own way is shut
+    bits = symbols(6, 50_000, 0.4, 500)
+    blob = memoryview(ENCODINGS["packed"].encode(bits))
+    with Gpu("cpu").block() as work:
+        decoded = work.decode(part_of("packed", 2), blob, 50_000, "here")
+        work.settle()
+    assert decoded.numpy().tobytes() == bits.tobytes()
+
+
+def test_a_frame_that_is_too_large_for_nvcomp_is_decoded_on_the_cpu(frames, monkeypatch):
+    monkeypatch.setattr(nvcomp, "frame_decoder", lambda device: frames)
+    monkeypatch.setattr(nvcomp, "LARGEST", 0)
+    monkeypatch.setattr(nvcomp.Frames, "__call__", None)
     bits = symbols(6, 50_000, 0.4, 500)
     blob = memoryview(ENCODINGS["packed"].encode(bits))
     with Gpu("cpu").block() as work:
