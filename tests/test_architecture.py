@@ -51,6 +51,7 @@ LAYERS = [
     {"merge", "peft_file"},
     {"lab"},
     {"jobs"},
+    {"backport"},
     {"devhub", "toy_family"},
     {"demo"},
     {"cli"},

@@ -17,6 +17,7 @@ from hubdiff.hub.pointers import Pointers, create_tag, delete_tag, pointers
 from hubdiff.hub.search import Found, find_models
 from hubdiff.hub.tree import HubTree
 from hubdiff.hub.upload import Commit, HubUpload
+from hubdiff.hub.watched import Seen, models_in, models_of, see
 
 __all__ = [
     "BadConfigValue",
@@ -25,13 +26,17 @@ __all__ = [
     "HubTree",
     "HubUpload",
     "Pointers",
+    "Seen",
     "benchmark_tasks",
     "create_tag",
     "delete_tag",
     "endpoint",
     "find_models",
     "home",
+    "models_in",
+    "models_of",
     "pointers",
     "repo_facts",
     "require_token",
+    "see",
 ]
