@@ -3,6 +3,7 @@ it needs no right to write anywhere."""
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import tempfile
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubdiff.backport.items import Item, planned_item, read_document, write_document
+from hubdiff.card import delta_card
+from hubdiff.checkpoint import MANIFEST
 from hubdiff.errors import HubdiffError
+from hubdiff.facts import CARD, HEADER, STARTED_FROM, card_facts, facts
 from hubdiff.files import open_tree
 from hubdiff.jobs.apply import apply
 from hubdiff.jobs.check import Checked, check
@@ -214,20 +218,28 @@ class _Run:
                 force=True,
                 progress=self.progress,
             )
+            self._write_card(delta, merged, measured)
+
+    def _write_card(self, delta: Path, merged: Path, measured: _Measured) -> None:
+        """The card as it will stand in the repo where the delta goes, with its scores."""
+        document = json.loads((delta / MANIFEST).read_bytes())
+        tuned, base = (
+            facts(open_tree(ModelRef.parse(ref), cache=False)).card_data
+            for ref in (merged, f"hf://{self.item.base}")
+        )
+        to = self.item.publish.to
+        text = delta_card(document, repo=to, tuned_card=tuned, base_card=base)
         if measured.taken:
             from hubdiff.lab.score_card import with_scores
 
-            card = delta / "README.md"
-            text = with_scores(card.read_text(), self.item.delta, measured.taken, "hubdiff")
-            write_whole(card, text.encode())
+            text = with_scores(text, str(to), measured.taken, "lm-evaluation-harness")
+        write_whole(delta / CARD, text.encode())
 
 
 def _name_start(model: Path, source: str) -> None:
     """The card of a result says which delta it began with, so that the lineage of the new delta
     leads back to the old one."""
     import yaml
-
-    from hubdiff.facts import CARD, HEADER, STARTED_FROM, card_facts, facts
 
     path = model / CARD
     text = path.read_text() if path.is_file() else ""
