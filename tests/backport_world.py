@@ -51,7 +51,12 @@ class World:
 
     def new_base(self, name: str, seed: int = 1, amount: float = 1e-3) -> str:
         """A version of the base, moved a little; pushed again it is the next commit."""
-        folder = self.root.parent / f"new-{name}-{seed}"
+        return upload(self.hub, f"org/{name}", self.new_base_folder(seed, amount))
+
+    def new_base_folder(self, seed: int, amount: float = 1e-3) -> Path:
+        folder = self.root.parent / f"new-{seed}-{amount}"
+        if folder.exists():
+            return folder
         shutil.copytree(self.family[0], folder)
         weights = load_file(folder / "model.safetensors")
         generator = torch.Generator().manual_seed(seed)
@@ -59,7 +64,7 @@ class World:
             noise = torch.randn(tensor.shape, generator=generator) * amount * tensor.float().std()
             tensor.copy_((tensor.float() + noise.nan_to_num()).to(tensor.dtype))
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
-        return upload(self.hub, f"org/{name}", folder)
+        return folder
 
     def write_config(self, bases: list[str], **changes: Any) -> None:
         """hubdiff.yaml with one family and one delta; ``changes`` are the delta's."""

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backport_world import TASK, World, make_family, upload, worlds
+from backport_world import TASK, World, make_family, worlds
 from safetensors.torch import load_file
 
 import hubdiff
 from hubdiff.backport.gate import gate_item
 from hubdiff.backport.items import planned_item
-from hubdiff.backport.lock import read_lock
 from hubdiff.backport.publish import publish_item
 from hubdiff.devhub import DevHub
-from hubdiff.errors import HubdiffError
 
 
 @pytest.fixture(scope="module")
