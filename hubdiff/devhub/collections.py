@@ -83,7 +83,7 @@ def _find(call: Call, known: dict[str, Any]) -> dict[str, Any]:
 
 def _shown(call: Call, value: dict[str, Any]) -> dict[str, Any]:
     """What a caller sees: without the repos that are gone or hidden from them."""
-    items = []
+    items: list[dict[str, Any]] = []
     for item in value["items"]:
         try:
             repo = call.hub.store.open(item["type"], item["id"], call.user)

@@ -36,8 +36,8 @@ def exchange(call: Call) -> Any:
     kind, name = _resource(str(body.get("resource")))
     call.record.repo = name
     repo = call.hub.store.find(kind, name)
-    publisher = repo and _publisher(repo, claims)
-    if repo is None or publisher is None:
+    publisher = None if repo is None else _publisher(repo, claims)
+    if publisher is None:
         raise Refusal(400, f"invalid_grant: no trusted publisher of {name} has these claims")
     allowed = publisher["pull_requests"]
     token = call.hub.signer.sign(
