@@ -12,6 +12,7 @@ from typing import Any
 
 from hubdiff.backport.config import DeltaPolicy, Evaluation, Gate, Publish
 from hubdiff.errors import HubdiffError
+from hubdiff.writer import write_whole
 
 PLAN_VERSION = 1
 RECYCLE, BACKPORT = "recycle", "backport"
@@ -88,6 +89,12 @@ def read_document(path: Path) -> dict[str, Any]:
             next_step="Let the same version of hubdiff write and read it.",
         )
     return document
+
+
+def write_document(results: str | Path, item: str, name: str, content: Mapping[str, Any]) -> None:
+    """A JSON file of an item's folder. Raises ``HubdiffError``."""
+    text = json.dumps({"version": PLAN_VERSION, **content}, indent=2)
+    write_whole(Path(results) / item / name, (text + "\n").encode())
 
 
 def item_of(value: Any, where: str) -> Item:

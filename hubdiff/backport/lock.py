@@ -88,7 +88,8 @@ def parse_lock(text: str, where: str) -> Lock:
     wrong = [v.get("status") for v in parts[2].values() if v.get("status") not in _WEIGHT]
     if wrong:
         raise HubdiffError(f"{where} holds an item with status {wrong[0]!r}", next_step=_BROKEN)
-    return Lock(*parts, checked_at=document.get("checked_at"))
+    bases, deltas, items = parts
+    return Lock(bases, deltas, items, document.get("checked_at"))
 
 
 def merge(one: Lock, other: Lock) -> Lock:

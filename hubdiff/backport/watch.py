@@ -51,9 +51,9 @@ class Base:
 
 @dataclass(frozen=True)
 class Watched:
-    """``items`` are to be done now, ``adopt`` seen for the first time and only recorded, ``waiting``
-    more than one run takes. ``skipped``: repo → why it is no base. ``bases`` and ``deltas`` are for
-    the lock."""
+    """``items`` are to be done now, ``adopt`` are seen for the first time and only recorded,
+    ``waiting`` is how many more there are than one run takes. ``skipped``: repo → why it is no
+    base. ``bases`` and ``deltas`` are for the lock."""
 
     config: str
     items: tuple[Item, ...]
@@ -123,7 +123,7 @@ class _Poll:
     _bases: dict[str, dict[str, str]] = field(default_factory=dict)
     _deltas: dict[str, dict[str, str]] = field(default_factory=dict)
     _skipped: dict[str, str] = field(default_factory=dict)
-    _items: list[tuple[Item, str | None]] = field(default_factory=list)
+    _items: list[tuple[Item, str | None, bool]] = field(default_factory=list)
 
     def family(self, family: Family, deltas: list[DeltaPolicy], repos: Collection[str]) -> None:
         bases = list(self._family_bases(family))
@@ -136,14 +136,19 @@ class _Poll:
                 ) from error
             known = delta.source in self.lock.deltas
             for base, direction in _directed(bases, own):
-                wanted = delta.policy in (direction, "both")
-                if wanted and (not repos or base.repo in repos):
-                    self._consider(family, delta, base, direction, known)
+                if delta.policy in (direction, "both"):
+                    chosen = not repos or base.repo in repos
+                    self._consider(family, delta, base, direction, known, chosen)
 
     def result(self, adopted: bool) -> Watched:
-        todo = [item for item, status in self._items if status is None or adopted]
-        adopt = [item for item, status in self._items if status == ADOPTED and not adopted]
-        new = [item for item in adopt if item.key not in self.lock.items]
+        """What was seen for the first time is recorded also where only some bases were asked for:
+        afterwards the delta is known, and the others would count as new."""
+        todo = [one for one, status, chosen in self._items if chosen and (adopted or not status)]
+        new = [
+            item
+            for item, status, chosen in self._items
+            if status and not (chosen and adopted) and item.key not in self.lock.items
+        ]
         most = self.config.limits.items
         return Watched(
             self.config.file,
@@ -266,14 +271,20 @@ class _Poll:
         return self._deltas[source]
 
     def _consider(
-        self, family: Family, delta: DeltaPolicy, base: Base, direction: str, known: bool
+        self,
+        family: Family,
+        delta: DeltaPolicy,
+        base: Base,
+        direction: str,
+        known: bool,
+        chosen: bool,
     ) -> None:
         """Note what is to be done about a delta on a base, if anything."""
         key = item_key(delta.source, base.weights)
         entry = self.lock.items.get(key)
         settings = settings_digest(delta)
         status = self._status(f"{family.name}/{delta.name}", base, entry, settings, known)
-        if status not in (None, ADOPTED) or any(item.key == key for item, _ in self._items):
+        if status not in (None, ADOPTED) or any(item.key == key for item, _, _ in self._items):
             return
         again = entry is not None and entry["status"] == FAILED
         item = Item(
@@ -292,7 +303,7 @@ class _Poll:
             self.config.limits.disk_gb,
             int(entry.get("attempts", 0)) + 1 if entry is not None and again else 1,
         )
-        self._items.append((item, status))
+        self._items.append((item, status, chosen))
 
     def _status(
         self, delta: str, base: Base, entry: Mapping[str, Any] | None, settings: str, known: bool

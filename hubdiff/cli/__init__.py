@@ -41,6 +41,8 @@ COMMANDS = {
     "finetune": "finetune",
     "recycle": "recycle",
     "connectivity": "connectivity",
+    "watch": "watch",
+    "backport": "backport",
     "demo": "demo",
 }
 

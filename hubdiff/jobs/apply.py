@@ -105,6 +105,7 @@ def apply(
     cache: bool = False,
     dry_run: bool = False,
     command: Sequence[str] | None = None,
+    message: str | None = None,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> Applied:
@@ -138,6 +139,7 @@ def apply(
         signature: whose signature every delta must have (``hubdiff.signing.Trust``).
         cache: keep what is downloaded in the local Hub cache.
         command: the command line, for the record and the card.
+        message: the title of the commit or pull request; by default it says what was applied.
         ranks: the processes that share the work, each of which makes this call: under torchrun,
             what ``with hubdiff.ranks.join() as ranks`` gives. The bytes don't depend on how many
             there are. By default this process does all of it.
@@ -159,7 +161,17 @@ def apply(
             return Applied(plan.as_json(), True, str(destination))
         watched = ranks.watched(progress or Silent())
         job = _Apply(
-            destination, filters, device, private, public, pr, force, command, watched, ranks
+            destination,
+            filters,
+            device,
+            private,
+            public,
+            pr,
+            force,
+            command,
+            message,
+            watched,
+            ranks,
         )
         applied = run_plan(plan, filters, vocab, job.run)
     return replace(applied, seconds=time.monotonic() - began)
@@ -208,6 +220,7 @@ class _Apply:
     pr: bool
     force: bool
     command: Sequence[str] | None
+    message: str | None
     progress: Progress
     ranks: Ranks
 
@@ -314,7 +327,7 @@ class _Apply:
         """Describe the result and publish it."""
         record = result_record(plan, self.filters, self.command, files, verdict)
         files += self._describe(plan, sink, record, cards)
-        published = publish(self.ranks, sink, result_message(plan))
+        published = publish(self.ranks, sink, self.message or result_message(plan))
         return Applied(
             plan.as_json(),
             False,

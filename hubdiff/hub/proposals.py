@@ -1,0 +1,58 @@
+"""Branches and pull requests: where changes wait for somebody to look at them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hubdiff.hub.client import api, subject
+from hubdiff.hub.retry import retrying
+from hubdiff.hub.translate import translated
+
+
+@dataclass(frozen=True)
+class PullRequest:
+    """``ref`` is the revision that holds its content."""
+
+    number: int
+    title: str
+    author: str
+    status: str
+    url: str
+
+    @property
+    def ref(self) -> str:
+        return f"refs/pr/{self.number}"
+
+
+def make_branch(repo: str, name: str) -> None:
+    """A branch, from main where there is none yet. Raises ``HubError``."""
+    with translated(subject(repo, name)):
+        retrying(lambda: api().create_branch(repo, branch=name, exist_ok=True))
+
+
+def pull_requests(repo: str) -> list[PullRequest]:
+    """Open, closed and merged ones, the newest first. Raises ``HubError``."""
+    with translated(subject(repo)):
+        found = retrying(
+            lambda: list(api().get_repo_discussions(repo, discussion_type="pull_request"))
+        )
+    return [PullRequest(one.num, one.title, one.author, one.status, one.url) for one in found]
+
+
+def last_message(repo: str, revision: str) -> tuple[str, str]:
+    """The latest commit of ``revision`` and its whole message. Raises ``HubError``."""
+    with translated(subject(repo, revision)):
+        commit = retrying(lambda: api().list_repo_commits(repo, revision=revision))[0]
+    return commit.commit_id, f"{commit.title}\n\n{commit.message}"
+
+
+def who() -> str | None:
+    """The user that the token belongs to; None where the Hub does not say, as for the tokens of
+    trusted publishers."""
+    from hubdiff.errors import HubError
+
+    try:
+        with translated(subject("")):
+            return str(retrying(lambda: api().whoami())["name"])
+    except (HubError, KeyError):
+        return None
