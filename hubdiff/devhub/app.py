@@ -14,7 +14,18 @@ from starlette.convertors import Convertor, register_url_convertor
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from . import commits, discussions, download, history, info, lfs, repos, xet
+from . import (
+    collections,
+    commits,
+    discussions,
+    download,
+    history,
+    info,
+    lfs,
+    publishers,
+    repos,
+    xet,
+)
 from .endpoint import Call, Endpoint, Handler
 from .refusal import Refusal
 from .state import Hub
@@ -56,6 +67,9 @@ ROUTES: list[tuple[str, str, Handler, str]] = [
     ("DELETE", "/api/repos/delete", repos.delete, "api"),
     ("POST", "/api/repos/move", repos.move, "api"),
     ("POST", "/api/validate-yaml", info.validate_yaml, "api"),
+    ("POST", "/api/collections", collections.create, "api"),
+    ("GET", "/api/collections/{owner}/{slug}", collections.get, "api"),
+    ("POST", "/api/collections/{owner}/{slug}/items", collections.add_item, "api"),
     ("PUT", API + "/settings", repos.settings, "api"),
     ("POST", API + "/user-access-request/grant", repos.grant_access, "api"),
     ("GET", API + "/auth-check", repos.auth_check, "api"),
@@ -96,11 +110,12 @@ ROUTES: list[tuple[str, str, Handler, str]] = [
     ("GET", "/{repo:repo}/raw/{rev}/{path:path}", download.raw, "raw"),
 ]
 
-# These check a signed token of their own instead of a user's.
+# These check a token of their own instead of a user's.
 STORAGE_ROUTES: list[tuple[str, str, Handler, str]] = [
     ("GET", "/cdn-files/{repo:repo}/{sha256}/{path:path}", download.cdn, "data"),
     ("GET", "/cdn-xorbs/{hash}", xet.get_xorb, "data"),
     ("POST", "/lfs-complete", lfs.complete, "lfs"),
+    ("POST", "/oauth/token", publishers.exchange, "api"),
     ("GET", "/v1/chunks/{path:path}", xet.not_offered, "xet"),
     ("POST", "/v1/xorb-grants/{path:path}", xet.not_offered, "xet"),
     ("GET", "/v2/{path:path}", xet.not_offered, "xet"),

@@ -82,7 +82,8 @@ def commit(call: Call) -> Any:
         raise bad_request("A commit starts with its header")
     header, user = lines[0]["value"], call.need_user()
     opens_pr, branch = call.flag("create_pr"), call.params["rev"]
-    repo = call.repo() if opens_pr or branch.startswith("refs/pr/") else call.repo_for_write()
+    contributes = opens_pr or branch.startswith("refs/pr/")
+    repo = call.repo_to_contribute() if contributes else call.repo_for_write()
     with repo.lock:
         ref, parent = _target(call, repo, branch, header.get("parentCommit"), opens_pr)
         changes = [_change(call, repo, parent, line) for line in lines[1:]]
@@ -121,7 +122,7 @@ def _check_author(call: Call, repo: Repo, ref: str) -> None:
     number = int(ref.removeprefix("refs/pr/"))
     authors = {d["author"] for d in repo.settings.discussions if d["num"] == number}
     if call.user not in authors:
-        call.hub.store.check_namespace(repo.namespace, call.user)
+        call.hub.store.check_write(repo, call.user)
 
 
 def _change(call: Call, repo: Repo, parent: str, line: dict[str, Any]) -> Change:

@@ -59,7 +59,7 @@ def _add_comment(discussion: dict[str, Any], author: str, text: str) -> dict[str
 
 
 def create(call: Call) -> Any:
-    repo, body, user = call.repo(), call.json(), call.need_user()
+    repo, body, user = call.repo_to_contribute(), call.json(), call.need_user()
     title, text = str(body.get("title", "")), str(body.get("description", ""))
     with repo.lock:
         if not body.get("pullRequest"):
@@ -131,12 +131,12 @@ def _own(call: Call, repo: Repo) -> dict[str, Any]:
     """A discussion that the caller wrote, or may change as a member of the namespace."""
     discussion = _discussion(call, repo)
     if call.need_user() != discussion["author"]:
-        call.hub.store.check_namespace(repo.namespace, call.user)
+        call.hub.store.check_write(repo, call.user)
     return discussion
 
 
 def comment(call: Call) -> Any:
-    repo, user = call.repo(), call.need_user()
+    repo, user = call.repo_to_contribute(), call.need_user()
     with repo.lock:
         text = str(call.json().get("comment", ""))
         event = _add_comment(_discussion(call, repo), user, text)
@@ -145,7 +145,7 @@ def comment(call: Call) -> Any:
 
 
 def set_status(call: Call) -> Any:
-    repo, body = call.repo(), call.json()
+    repo, body = call.repo_to_contribute(), call.json()
     status = body.get("status")
     if status not in STATUSES:
         raise bad_request(f"{status!r} is not one of {STATUSES}")
@@ -162,7 +162,7 @@ def set_status(call: Call) -> Any:
 
 
 def set_title(call: Call) -> Any:
-    repo = call.repo()
+    repo = call.repo_to_contribute()
     with repo.lock:
         discussion = _own(call, repo)
         data = {"from": discussion["title"], "to": str(call.json().get("title", ""))}

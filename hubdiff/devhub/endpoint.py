@@ -27,10 +27,12 @@ from .log import LogRecord
 from .refusal import Refusal, bad_request
 from .repo import Repo
 from .state import Hub
+from .store import Publisher
 
 logger = logging.getLogger("hubdiff.devhub")
 
 BAD_TOKEN = "Invalid credentials in Authorization header"
+PUBLISHER_TOKEN = "hf_jwt_"
 
 
 @dataclass
@@ -71,6 +73,9 @@ class Call:
 
     def repo_files(self) -> Repo:
         return self.hub.store.open_files(self.kind, self.params["repo"], self.user)
+
+    def repo_to_contribute(self) -> Repo:
+        return self.hub.store.open_to_contribute(self.kind, self.params["repo"], self.user)
 
     def repo_for_write(self) -> Repo:
         return self.hub.store.open_for_write(self.kind, self.params["repo"], self.user)
@@ -164,10 +169,21 @@ def authenticate(hub: Hub, request: Request) -> str | None:
     token = bearer(request)
     if token is None:
         return None
-    user = hub.store.user_of(token)
+    user = publisher_of(hub, token) or hub.store.user_of(token)
     if user is None:
         raise Refusal(401, BAD_TOKEN)
     return user
+
+
+def publisher_of(hub: Hub, token: str) -> Publisher | None:
+    """Whose token it is that ``publishers.exchange`` gave, while it is good."""
+    if not token.startswith(PUBLISHER_TOKEN):
+        return None
+    try:
+        claim = hub.signer.read("publisher", token.removeprefix(PUBLISHER_TOKEN), status=401)
+    except Refusal:
+        raise Refusal(401, BAD_TOKEN) from None
+    return Publisher.of(claim)
 
 
 def _refused(refusal: Refusal) -> Response:

@@ -19,6 +19,7 @@ from .endpoint import Call
 from .objects import SHA256, pieces_of
 from .refusal import Refusal, bad_request
 from .repo import Repo
+from .store import Publisher
 
 UPLOAD_SECONDS = 3600
 
@@ -28,8 +29,9 @@ def batch(call: Call) -> Any:
     if body.get("operation") != "upload":
         raise bad_request("Only uploads go through this server's LFS batch call")
     # Anyone may upload what a pull request will carry; the commit checks the right to write.
-    call.need_user()
-    repo = call.repo()
+    user, repo = call.need_user(), call.repo()
+    if isinstance(user, Publisher):
+        call.hub.store.check_write(repo, user)
     transfers = body.get("transfers", ["basic"])
     transfer = next(name for name in ("xet", "multipart", "basic") if name in (*transfers, "basic"))
     branch = (body.get("ref") or {}).get("name", "main")

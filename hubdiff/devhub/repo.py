@@ -34,6 +34,7 @@ class Settings:
     allowed: list[str] = field(default_factory=list)
     created_at: float = field(default_factory=time.time)
     discussions: list[dict[str, Any]] = field(default_factory=list)
+    publishers: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Repo:

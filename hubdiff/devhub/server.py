@@ -139,8 +139,33 @@ class DevHub:
         repo.settings.allowed.append(user)
         repo.save_settings()
 
+    def trust(
+        self,
+        name: str,
+        *,
+        repository: str,
+        workflow: str | None = None,
+        branch: str | None = None,
+        pull_requests: bool = True,
+        kind: str = "model",
+    ) -> None:
+        """Make a GitHub repository a trusted publisher of a repo: with ``workflow`` (a file name)
+        and ``branch`` that one only. ``pull_requests``: whether its tokens may open them."""
+        repo = self._repo(kind, name)
+        with repo.lock:
+            repo.settings.publishers.append(
+                {
+                    "repository": repository,
+                    "workflow": workflow,
+                    "branch": branch,
+                    "pull_requests": pull_requests,
+                }
+            )
+            repo.save_settings()
+
     def expire_urls(self) -> None:
-        """Every CDN address and storage token given so far is refused from now on."""
+        """Every CDN address, storage token and publisher's token given so far is refused from now
+        on."""
         self._hub.signer.expire_all()
 
     def _repo(self, kind: str, name: str) -> Repo:

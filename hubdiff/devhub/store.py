@@ -1,7 +1,8 @@
 """All the repos and users, and who may do what.
 
 Private: only the members of its namespace see the repo. Gated: everyone sees it, only those who
-were granted access read its files. Write: the members of its namespace.
+were granted access read its files. Write: the members of its namespace. A trusted publisher may do
+all of that with its one repo, and to any other it is a stranger.
 """
 
 from __future__ import annotations
@@ -10,11 +11,30 @@ import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .refusal import Refusal, repo_not_found
 from .repo import Repo, Settings, check_repo_name
 
 KINDS = ("model", "dataset", "space")
+
+
+class Publisher(str):
+    """The user of a trusted publisher's token: ``[OIDC]``, of whichever repo."""
+
+    kind: str
+    repo: str
+    pull_requests: bool
+
+    @classmethod
+    def of(cls, claim: Mapping[str, Any]) -> Publisher:
+        self = cls("[OIDC]")
+        self.kind, self.repo = claim["kind"], claim["repo"]
+        self.pull_requests = claim["pull_requests"]
+        return self
+
+    def owns(self, repo: Repo) -> bool:
+        return (self.kind, self.repo) == (repo.kind, repo.name)
 
 
 class Store:
@@ -39,7 +59,14 @@ class Store:
         return [org for org, members in self.orgs.items() if user in members]
 
     def is_member(self, user: str | None, namespace: str) -> bool:
-        return user is not None and (user == namespace or namespace in self.orgs_of(user))
+        if user is None or isinstance(user, Publisher):
+            return False
+        return user == namespace or namespace in self.orgs_of(user)
+
+    def may_write(self, repo: Repo, user: str | None) -> bool:
+        if isinstance(user, Publisher):
+            return user.owns(repo)
+        return self.is_member(user, repo.namespace)
 
     def visible(self, kind: str, user: str | None) -> list[Repo]:
         return [
@@ -60,7 +87,7 @@ class Store:
     def open_files(self, kind: str, name: str, user: str | None) -> Repo:
         """As ``open``, and the right to read the content of its files."""
         repo = self.open(kind, name, user)
-        may_write = self.is_member(user, repo.namespace)
+        may_write = self.may_write(repo, user)
         if repo.settings.gated and not may_write and user not in repo.settings.allowed:
             status = 401 if user is None else 403
             message = (
@@ -71,8 +98,22 @@ class Store:
 
     def open_for_write(self, kind: str, name: str, user: str | None) -> Repo:
         repo = self.open(kind, name, user)
-        self.check_namespace(repo.namespace, user)
+        self.check_write(repo, user)
         return repo
+
+    def open_to_contribute(self, kind: str, name: str, user: str | None) -> Repo:
+        """As ``open``, for what anyone may send: pull requests, comments. Not so a publisher, whose
+        token is for one repo, and for those only where its owner's settings have it so."""
+        repo = self.open(kind, name, user)
+        if isinstance(user, Publisher):
+            self.check_write(repo, user)
+            if not user.pull_requests:
+                raise Refusal(403, "This token may not open or change discussions")
+        return repo
+
+    def check_write(self, repo: Repo, user: str | None) -> None:
+        if not self.may_write(repo, user):
+            self.check_namespace(repo.namespace, user)
 
     def check_namespace(self, namespace: str, user: str | None) -> None:
         if user is None:
@@ -105,7 +146,7 @@ class Store:
             self._repos[repo.kind, name] = repo.moved_to(name, self._place(repo.kind, name))
 
     def _may_see(self, repo: Repo, user: str | None) -> bool:
-        return repo.settings.visibility == "public" or self.is_member(user, repo.namespace)
+        return repo.settings.visibility == "public" or self.may_write(repo, user)
 
     def _place(self, kind: str, name: str) -> Path:
         return self._folder / kind / f"{name}.git"

@@ -26,7 +26,7 @@ def write_token(call: Call) -> Response:
     """``?create_pr=1`` needs the right to read only: a pull request is open to everyone."""
     opens_pr = call.flag("create_pr") or call.params["rev"].startswith("refs/pr/")
     call.need_user()
-    repo = call.repo() if opens_pr else call.repo_for_write()
+    repo = call.repo_to_contribute() if opens_pr else call.repo_for_write()
     return _token(call, "write", repo.name)
 
 
