@@ -39,8 +39,8 @@ _SECONDS = 60
 
 @dataclass(frozen=True)
 class Publisher:
-    """What a repo's trusted publisher has to be set to. ``repository`` and ``branch`` are None where
-    the clone does not tell them; ``settings`` is the page on the Hub."""
+    """What a repo's trusted publisher has to be set to. ``repository`` and ``branch`` are None
+    where the clone does not tell them; ``settings`` is the page on the Hub."""
 
     repo: str
     repository: str | None
@@ -51,7 +51,7 @@ class Publisher:
 
 @dataclass(frozen=True)
 class Initialised:
-    """``files``: path → written, replaced, unchanged, or kept, which is not what it would be now."""
+    """``files``: path → written, replaced, unchanged, or kept, though it would differ now."""
 
     root: str
     commit: str
@@ -171,19 +171,19 @@ def _released() -> str:
     tag = f"refs/tags/v{__version__}"
     give = "Give the commit of hubdiff that the workflow is to run, as --commit SHA."
     try:
-        with git.Git().custom_environment(GIT_TERMINAL_PROMPT="0"):
-            said = git.Git().ls_remote(
-                HOME_URL,
-                tag,
-                f"{tag}^{{}}",
-                env={"GIT_TERMINAL_PROMPT": "0"},
-                kill_after_timeout=_SECONDS,
-            )
+        said = git.Git().ls_remote(
+            HOME_URL,
+            tag,
+            f"{tag}^{{}}",
+            env={"GIT_TERMINAL_PROMPT": "0"},
+            kill_after_timeout=_SECONDS,
+        )
     except git.GitError as error:
         raise HubdiffError(
             f"{HOME_URL} can't be asked for the commit of v{__version__}", next_step=give
         ) from error
-    found = dict(reversed(line.split("\t", 1)) for line in str(said).splitlines() if "\t" in line)
+    lines = [line.partition("\t") for line in str(said).splitlines()]
+    found = {ref: sha for sha, _, ref in lines}
     # An annotated tag is an object of its own; with ^{} comes the commit it is for.
     commit = found.get(f"{tag}^{{}}") or found.get(tag)
     if commit is None or not _COMMIT.fullmatch(commit):

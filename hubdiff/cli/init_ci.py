@@ -1,4 +1,4 @@
-"""``hubdiff init-ci``: the GitHub workflow that ports deltas to new bases, set up in a repository."""
+"""``hubdiff init-ci``: the GitHub workflow that ports deltas to new bases, set up."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 def command(
     session: Session, directory: str, commit: str | None, force: bool, dry_run: bool
 ) -> None:
-    """Write a workflow, a hubdiff.yaml to fill in and a page of instructions into the git repository
-    that DIR (default: where you are) is in. Files that are there are left as they are.
+    """Write a workflow, a hubdiff.yaml to fill in and a page of instructions into the git
+    repository that DIR (default: where you are) is in. Files that are there are left as they are.
 
     Run it again when hubdiff.yaml is filled in: it prints what to enter on the Hub as the trusted
     publisher of each repo that results go to. To go to another version of hubdiff, run that one

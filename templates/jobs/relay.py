@@ -4,17 +4,17 @@
 # ///
 """A webhook of the Hub, relayed to GitHub: the workflow `hubdiff` looks at a base when it changes.
 
-GitHub takes events only with a token and in a form of its own, so a webhook can't call it directly.
-This script runs as a Job of the Hub, once for each event. The event is a hint and nothing more: only
-the name of the repo is sent on, and the workflow looks for itself what is new there.
+GitHub takes events only with a token and in a form of its own, so a webhook can't call it. This
+script runs as a Job of the Hub, once for each event. The event is a hint and nothing more: only the
+name of the repo is sent on, and the workflow looks for itself what is new there.
 
     hf jobs uv run relay.py                 # once, without an event: says that it is ready
     hf webhooks create --job-id ID --watch org:your-org --domain repo --secret SECRET \\
         --secrets GITHUB_TOKEN --secrets GITHUB_REPOSITORY --secrets HUBDIFF_WEBHOOK_SECRET
 
 GITHUB_REPOSITORY        owner/name of the repository with the workflow
-GITHUB_TOKEN             a fine-grained token for that repository alone, with Contents: write (that is
-                         what GitHub asks for to send it an event)
+GITHUB_TOKEN             a fine-grained token for that repository alone, with Contents: write
+                         (that is what GitHub asks for to send it an event)
 HUBDIFF_WEBHOOK_SECRET   SECRET again, to tell the webhook's events from anybody's
 WEBHOOK_PAYLOAD, WEBHOOK_SECRET   set by the Hub
 """
