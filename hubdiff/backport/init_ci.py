@@ -230,9 +230,7 @@ def _minute(repository: str) -> int:
 def _state(file: Path, text: str, force: bool) -> str:
     if not file.is_file():
         if file.exists() or file.is_symlink():
-            raise HubdiffError(
-                f"{file} is not a file", next_step="Move it away, and run it again."
-            )
+            raise HubdiffError(f"{file} is not a file", next_step="Move it away, and run it again.")
         return WRITTEN
     if file.read_bytes() == text.encode():
         return UNCHANGED
