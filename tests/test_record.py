@@ -106,7 +106,7 @@ def statuses(tmp_path: Path, *items: Any, results: Path) -> dict[str, Outcome]:
 
 def test_each_way_an_item_can_end(tmp_path: Path) -> None:
     items = [make_item(n) for n in range(1, 7)] + [make_item(7, mode="none", to=None)]
-    done, refused, worse, unpublished, failed, silent, kept = items
+    done, refused, worse, unpublished, failed, _, kept = items
     results = tmp_path / "results"
     leave_done(results, done)
     leave(results, refused, result=ran(refused, status="refused", why="another architecture"))

@@ -19,6 +19,7 @@ from typing import Any
 from hubdiff import markdown
 from hubdiff.backport import github
 from hubdiff.backport.gate import entry, number
+from hubdiff.backport.items import BACKPORT, RECYCLE
 from hubdiff.backport.lock import ADOPTED, DONE, FAILED, LOCK, REJECTED, Lock, read_lock
 from hubdiff.backport.outcomes import (
     Outcome,
@@ -44,6 +45,7 @@ _TRIES = 3
 _MOST = (1000, 300, 100, 50, 25, 10, 5, 2, 1)
 _PICTURES = 6
 _NAME = 120  # characters
+_RUN = re.compile(r"https?://[A-Za-z0-9.:-]+/[\w.-]+/[\w.-]+/actions/runs/\d{1,20}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -200,24 +202,29 @@ class _View:
             headline=_headline(ported, adopted, self.planned),
             done=_limited([_done_row(one) for one in ported], rows),
             pictures=_limited(pictures, min(rows, _PICTURES)),
-            needed=_limited(list(self._needed()), rows),
+            needed=list(self._needed(rows)),
             skipped=_limited([(_code(b), _prose(w)) for b, w in self.planned.skipped], rows),
             families=_limited(list(_families(self.known, rows)), rows),
         )
 
-    def _needed(self) -> Iterator[dict[str, str]]:
-        """What a person should look at, from the lock, so that it stays until it is mended. The
-        latest word on a delta and a base counts."""
-        for status in (FAILED, REJECTED):
-            for one in _latest(self.known).values():
-                if one.get("status") == status:
-                    yield {
-                        "what": _code(one.get("delta")),
-                        "base": _base(one.get("base")),
-                        "status": _status(one),
-                        "why": _prose(one.get("why") or "no reason was given"),
-                        "next": _NEXT[status],
-                    }
+    def _needed(self, most: int) -> Iterator[dict[str, Any]]:
+        """What a person should look at, the newest first: from the lock, so that it stays until it
+        is mended."""
+        latest = sorted(_latest(self.known).values(), key=lambda one: str(one.get("at")))
+        for status, advice in _ADVICE.items():
+            found = [
+                {
+                    "what": _code(one.get("delta")),
+                    "base": _base(one.get("base")),
+                    "times": _times(one.get("attempts")) if status == FAILED else "",
+                    "why": _prose(one.get("why") or "no reason was given"),
+                    "run": _run_link(one.get("run")),
+                }
+                for one in reversed(latest)
+                if one.get("status") == status
+            ]
+            if found:
+                yield {"advice": advice, "items": _limited(found, most)}
 
     def _mark(self) -> str:
         """Hidden in the text: what finds the issue again, and tells whether it would say the same.
@@ -231,9 +238,11 @@ class _View:
         return f"{MARK} {hashlib.sha256(state.encode()).hexdigest()[:16]} -->"
 
 
-_NEXT = {
-    FAILED: "It is tried again by itself a few times; then look at the run's log.",
-    REJECTED: "It is left alone until its gate, tasks or scales in hubdiff.yaml change.",
+_ADVICE = {
+    FAILED: "**Failed.** It is tried again by itself a few times. Where it fails always alike, the "
+    "log of the run says more; a larger `runner` helps where disk or memory ran out.",
+    REJECTED: "**Rejected.** It is left alone until its scales, tasks or gate in hubdiff.yaml are "
+    "others.",
 }
 
 
@@ -268,7 +277,7 @@ def _done_row(one: Outcome) -> dict[str, str]:
     return {
         "delta": _code(f"{one.item.family}/{one.item.delta}"),
         "base": _base(one.item.base),
-        "direction": one.item.direction,
+        "direction": _known(one.item.direction, (RECYCLE, BACKPORT)),
         "verdict": _code(verdict) if verdict is not None else "–",
         "scale": _number(one.scale),
         "before": _score(entry(sides.get("base"), task)),
@@ -361,18 +370,22 @@ def _cell(one: Mapping[str, Any] | None) -> str:
 def _status(one: Mapping[str, Any]) -> str:
     status = str(one.get("status"))
     if status == FAILED:
-        return f"failed, {_count(one.get('attempts'))}"
+        return f"failed{_times(one.get('attempts'))}"
     if status != DONE:
-        return status if status in (ADOPTED, REJECTED) else _code(status)
+        return _known(status, (ADOPTED, REJECTED))
     value = number(one.get("value"))
     shown = "" if value is None else f" {value:.4g}"
     where = _where(one.get("output"))
     return f"done{shown}" + ("" if where == "–" else f", {where}")
 
 
-def _count(attempts: object) -> str:
-    times = attempts if isinstance(attempts, int) and 0 < attempts < 1000 else 1
-    return "once" if times == 1 else f"{times} times"
+def _times(attempts: object) -> str:
+    return f" {attempts} times" if isinstance(attempts, int) and 1 < attempts < 1000 else ""
+
+
+def _run_link(address: object) -> str:
+    sound = isinstance(address, str) and _RUN.fullmatch(address)
+    return f" ([run]({address}))" if sound else ""
 
 
 # --- pictures ---
@@ -386,7 +399,7 @@ def picture(one: Outcome) -> str | None:
     values = {
         side: value
         for side in ("base", "result", "tuned")
-        if (value := number(entry(sides.get(side), task).get("value"))) is not None
+        if (value := _drawn(entry(sides.get(side), task).get("value"))) is not None
     }
     title = f"{one.item.family}/{one.item.delta} on {one.item.base.partition('@')[0]}"
     curve = _curve(one.result.get("curve"))
@@ -406,10 +419,16 @@ def _curve(points: Any) -> list[tuple[float, float]]:
     found = []
     for point in points[:100] if isinstance(points, list) else []:
         if isinstance(point, dict):
-            scale, value = number(point.get("scale")), number(point.get("value"))
+            scale, value = _drawn(point.get("scale")), _drawn(point.get("value"))
             if scale is not None and value is not None:
                 found.append((scale, value))
     return sorted(found)
+
+
+def _drawn(value: object) -> float | None:
+    """A number that can stand on an axis."""
+    found = number(value)
+    return found if found is not None and abs(found) < 1e9 else None
 
 
 def _chart(
@@ -426,11 +445,12 @@ def _chart(
     room = (high - low) * 0.1 or abs(high) * 0.1 or 1.0
     low = low if low == 0 else low - room
     named = f'"{axis}" ' if axis else ""
+    names = ", ".join(f'"{_plain(label)}"' for label in labels)
     return "\n".join(
         [
             "xychart-beta",
             f'    title "{_plain(title)}"',
-            f"    x-axis {named}[{', '.join(f'"{_plain(label)}"' for label in labels)}]",
+            f"    x-axis {named}[{names}]",
             f'    y-axis "{_plain(task)}" {_decimal(low)} --> {_decimal(high + room)}',
             *(f"    {kind} [{', '.join(map(_decimal, line))}]" for kind, line in series),
         ]
@@ -455,6 +475,10 @@ def _code(value: object) -> str:
     """A name; GitHub looks for no mentions in code."""
     text = markdown.one_line(value if isinstance(value, str) else "unknown")
     return markdown.code(text if len(text) <= _NAME else f"{text[: _NAME - 1]}…")
+
+
+def _known(value: str, ours: Sequence[str]) -> str:
+    return value if value in ours else _code(value)
 
 
 def _base(ref: object) -> str:
