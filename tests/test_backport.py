@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backport_world import TASK, World, make_family, worlds
+from backport_world import TASK, World, make_family, upload, worlds
 from safetensors.torch import load_file
 
 import hubdiff
@@ -77,3 +77,28 @@ def test_a_new_base_becomes_a_pull_request(world):
     assert len(list(world.api.get_repo_discussions(world.results))) == 1
     world.done(world.watch())
     assert world.watch().items == ()
+
+
+def test_of_several_scales_the_best_is_taken_and_judged_on_the_other_half(world, family):
+    tuned = upload(world.hub, "demo/tuned-2", family[1])
+    gate = {"min": 0.8, "recovery": 0.8, "tuned": tuned}
+    plan, item = to_do(world, scales=[0.1, 1.0], gate=gate)
+    made = world.command("backport", "run", "plan.json", "results", "--item", item)
+    assert made["scale"] == 1.0
+    scores = [made["scores"][side][TASK] for side in ("result", "base", "tuned")]
+    assert [score["examples"] for score in scores] == [20, 20, 20]  # of 40: the half that judged
+    assert [one["scale"] for one in made["curve"]] == [0.1, 1.0]
+    assert made["curve"][0]["value"] < 0.5 < made["curve"][1]["value"]
+    said = gate_item(plan, world.root / "results", item=item)
+    value, base, best = (score["value"] for score in scores)
+    assert said.passed
+    assert said.numbers["recovery"] == (value - base) / (best - base)
+
+
+def test_a_task_that_fails_leaves_a_result_that_says_so(world):
+    plan, item = to_do(world)
+    (world.root / TASK).unlink()
+    failed = world.command("backport", "run", "plan.json", "results", "--item", item, code=1)
+    assert "sort_letters" in failed["error"]["message"]
+    said = gate_item(plan, world.root / "results", item=item)
+    assert "sort_letters" in said.reasons[0]

@@ -76,12 +76,12 @@ def _reasons(
             yield f"there is no score of {name}"
     value, recovery = numbers["value"], numbers["recovery"]
     better = _better(sides.get("result"), task)
-    if asked.min is not None and value is not None and better * value < better * asked.min:
+    if asked.min is not None and value is not None and _less(better * value, better * asked.min):
         bound = "least" if better > 0 else "most"
         yield f"{task} is {value:.4g}, and must be {asked.min:g} at {bound}"
     if asked.max_drop is not None:
         yield from _drops(item, sides, asked.max_drop)
-    if asked.recovery is not None and (recovery is None or recovery < asked.recovery):
+    if asked.recovery is not None and (recovery is None or _less(recovery, asked.recovery)):
         shown = "unknown" if recovery is None else f"{recovery:.2f}"
         yield f"the recovery on {task} is {shown}, and must be {asked.recovery:g} at least"
 
@@ -92,7 +92,7 @@ def _drops(item: Item, sides: Mapping[str, Any], most: float) -> Iterator[str]:
         better = _better(sides.get("result"), name)
         if base is None:
             yield f"there is no score of the new base on {name}"
-        elif value is not None and better * (base - value) > most:
+        elif value is not None and _less(most, better * (base - value)):
             yield f"{name} is {value:.4g}, {base:.4g} for the base: more than {most:g} worse"
 
 
@@ -107,6 +107,11 @@ def number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None
+
+
+def _less(one: float, other: float) -> bool:
+    """Of numbers that people write in decimals: 0.4 / 0.8 is not less than 0.5."""
+    return one < other - 1e-9
 
 
 def _value(side: Any, task: str | None) -> float | None:

@@ -93,7 +93,7 @@ class _Publish:
             return self._published(NONE)
         self._check_delta()
         self._require_repo()
-        made = self._earlier(mode)
+        made = self._earlier(mode, dry_run)
         if made is not None:
             return made
         if dry_run:
@@ -108,8 +108,9 @@ class _Publish:
 
     # --- what is there already ---
 
-    def _earlier(self, mode: str) -> Published | None:
-        """What an earlier run left, whichever way it went."""
+    def _earlier(self, mode: str, dry_run: bool) -> Published | None:
+        """What an earlier run left, whichever way it went; a merged model that it was killed beside
+        is completed."""
         from hubdiff.hub import last_message, pointers, pull_requests
 
         branch = self._item.branch
@@ -120,7 +121,9 @@ class _Publish:
         if mode == PR:
             for one in pull_requests(self._to):
                 if one.title.endswith(self._mark) and self._is_ours(one):
-                    commit, _ = last_message(self._to, one.ref)
+                    commit, message = last_message(self._to, one.ref)
+                    if TRAILER not in message and not dry_run:
+                        commit = self._add_numbers(one.ref)
                     return self._published(PR, commit=commit, pr_url=one.url, reused=True)
         return None
 
@@ -170,7 +173,6 @@ class _Publish:
     def _send_merged(self, mode: str) -> Published:
         """Merged again, streaming, the same bytes; then the numbers, with the key that says it is
         complete."""
-        from hubdiff.hub import HubUpload
         from hubdiff.jobs.apply import apply
 
         branch = self._item.branch
@@ -184,11 +186,16 @@ class _Publish:
             message=self._title,
             progress=self._progress,
         )
-        revision = branch if mode == BRANCH else _ref(done.pr_url)
+        last = self._add_numbers(branch if mode == BRANCH else _ref(done.pr_url))
+        return self._published(mode, commit=last, pr_url=done.pr_url)
+
+    def _add_numbers(self, revision: str) -> str:
+        """The card of a merged model told how it was made and measured; the commit."""
+        from hubdiff.hub import HubUpload
+
         upload = HubUpload(self._to, revision=revision)
         upload.add_bytes(CARD, self._with_section(upload.read(CARD).decode()))
-        last = upload.commit(self._title, self._trailer)
-        return self._published(mode, commit=last.oid, url=last.url, pr_url=done.pr_url)
+        return upload.commit(self._title, self._trailer).oid
 
     # --- what it says ---
 

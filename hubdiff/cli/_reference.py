@@ -22,13 +22,20 @@ BEGIN, END = "<!-- commands:begin -->", "<!-- commands:end -->"
 
 def reference_markdown() -> str:
     """A section for each command. Independent of the version of click and of the terminal."""
-    ctx = click.Context(cli, info_name="hubdiff")
-    sections = []
-    for name in cli.list_commands(ctx):
-        command = cli.get_command(ctx, name)
-        assert isinstance(command, Command)
-        sections.append("\n".join(_section(command)))
+    sections = ("\n".join(_section(name, command)) for name, command in every_command(cli))
     return "\n\n".join(sections) + "\n"
+
+
+def every_command(group: click.Group, before: str = "") -> Iterator[tuple[str, Command]]:
+    """All commands with the words that call them, those of groups too."""
+    ctx = click.Context(group)
+    for name in group.list_commands(ctx):
+        command = group.get_command(ctx, name)
+        if isinstance(command, click.Group):
+            yield from every_command(command, f"{before}{name} ")
+        else:
+            assert isinstance(command, Command)
+            yield f"{before}{name}", command
 
 
 def embed(document: str) -> str:
@@ -40,11 +47,11 @@ def embed(document: str) -> str:
     return f"{before}{BEGIN}\n{reference_markdown()}{END}{after}"
 
 
-def _section(command: Command) -> Iterator[str]:
-    yield f"### `hubdiff {command.name}`"
+def _section(name: str, command: Command) -> Iterator[str]:
+    yield f"### `hubdiff {name}`"
     yield ""
     yield "```"
-    yield f"hubdiff {command.name} {command.usage}"
+    yield f"hubdiff {name} {command.usage}"
     yield "```"
     yield ""
     yield inspect.cleandoc(command.help or "")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from hubdiff.cli import COMMANDS
-from hubdiff.cli._reference import BEGIN, END, embed, reference_markdown
+from hubdiff.cli import cli
+from hubdiff.cli._reference import BEGIN, END, embed, every_command, reference_markdown
 from tests.cli.running import ROOT
 
 
 def test_the_reference_names_every_command() -> None:
     text = reference_markdown()
-    for name in COMMANDS:
+    for name, _ in every_command(cli):
         assert f"### `hubdiff {name}`" in text
     assert "| `--tuned-master REF` |" in text
 

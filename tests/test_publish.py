@@ -1,0 +1,304 @@
+"""run and publish: what is made is what was planned, and nothing is published twice, whatever is
+killed when and whoever opens pull requests."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+import yaml
+from backport_world import World, worlds
+from safetensors.torch import load_file
+
+import hubdiff
+from hubdiff.backport import publish as publishing
+from hubdiff.backport.gate import gate_item
+from hubdiff.backport.publish import publish_item
+from hubdiff.backport.run import run
+from hubdiff.cli import run as cli
+from hubdiff.devhub import DevHub
+from hubdiff.errors import HubdiffError
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    folder = tmp_path_factory.mktemp("family")
+    base = models.save(folder / "base", models.weights())
+    tuned = models.save(folder / "tuned", models.moved(models.weights()))
+    return base, tuned, folder / "delta"
+
+
+@pytest.fixture
+def world(devhub: DevHub, family: tuple[Path, Path, Path], tmp_path: Path) -> Iterator[World]:
+    yield from worlds(devhub, family, tmp_path)
+
+
+class Ready:
+    """A plan with one item, nothing measured; ``publish`` as in hubdiff.yaml."""
+
+    def __init__(self, world: World, amount: float = 1e-3, **publish: Any) -> None:
+        self.world = world
+        settings = {"to": world.results, "as": "delta", "mode": "pr", **publish}
+        self._config(["org/base-1"], settings)
+        world.adopt()
+        world.new_base("base-2", amount=amount)
+        self._config(["org/base-1", "org/base-2"], settings)
+        (item,) = world.watch().items
+        self.plan, self.id, self.key = world.plan(), item.id, item.key
+        self.results = world.root / "results"
+
+    def _config(self, bases: list[str], publish: dict[str, Any]) -> None:
+        delta = {"source": self.world.source, "publish": publish}
+        family = {"bases": bases, "deltas": {"sort": delta}}
+        self.world.config.write_text(yaml.safe_dump({"families": {"toy": family}}))
+
+    def run(self, **how: Any):
+        return run(self.plan, self.results, item=self.id, **how)
+
+    def publish(self, **how: Any):
+        return publish_item(self.plan, self.results, item=self.id, **how)
+
+    def weights(self, revision: str) -> dict[str, torch.Tensor]:
+        """What the result at ``revision`` of the repo is: the model, or the delta on its base."""
+        out = self.world.root / f"out-{revision.replace('/', '-')}"
+        files = self.world.api.list_repo_files(self.world.results, revision=revision)
+        if "hubdiff.json" in files:
+            hubdiff.apply(f"hf://{self.world.results}@{revision}", "hf://org/base-2", output=out)
+            return load_file(out / "model.safetensors")
+        path = self.world.api.hf_hub_download(
+            self.world.results, "model.safetensors", revision=revision
+        )
+        return load_file(path)
+
+    def expected(self) -> dict[str, torch.Tensor]:
+        out = self.world.root / "expected"
+        if not out.exists():
+            hubdiff.apply(f"hf://{self.world.source}", "hf://org/base-2", output=out)
+        return load_file(out / "model.safetensors")
+
+    def pulls(self) -> list[Any]:
+        return list(self.world.api.get_repo_discussions(self.world.results))
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("kind", ["delta", "merged"])
+@pytest.mark.parametrize("mode", ["pr", "branch"])
+def test_published_once_and_the_right_bits(world, kind, mode):
+    ready = Ready(world, **{"as": kind}, mode=mode)
+    assert ready.run().document["status"] == "ran"
+    assert ready.publish(dry_run=True).dry_run
+    assert ready.pulls() == []
+    done = ready.publish()
+    where = "refs/pr/1" if mode == "pr" else f"hubdiff/{ready.id}"
+    assert (done.branch, bool(done.pr_url)) == (None if mode == "pr" else where, mode == "pr")
+    assert same(ready.weights(where), ready.expected())
+    last = world.api.list_repo_commits(world.results, revision=where)[0]
+    assert last.commit_id == done.commit
+    assert f"hubdiff-key: {ready.key}" in last.message
+    card = Path(world.api.hf_hub_download(world.results, "README.md", revision=where)).read_text()
+    assert card.count("## How it was ported") == 1
+    again = ready.publish()
+    assert (again.reused, again.commit) == (True, done.commit)
+    assert len(ready.pulls()) == (1 if mode == "pr" else 0)
+    assert world.api.model_info(world.results).sha != done.commit  # main is as it was
+
+
+def test_none_is_measured_only(world):
+    ready = Ready(world, mode="none")
+    ready.run()
+    assert not (ready.results / ready.id / "delta").exists()
+    assert ready.publish().url is None
+
+
+@pytest.mark.parametrize("kind", ["delta", "merged"])
+@pytest.mark.parametrize("mode", ["pr", "branch"])
+def test_killed_right_after_publishing_the_rerun_finds_it(world, kind, mode):
+    """All of the run's files are lost with it, as in a new job; what it made is on the Hub."""
+    ready = Ready(world, **{"as": kind}, mode=mode)
+    ready.run()
+    first = ready.publish()
+    shutil.rmtree(ready.results)
+    ready.run()
+    again = ready.publish()
+    assert (again.reused, again.commit) == (True, first.commit)
+    assert len(ready.pulls()) == (1 if mode == "pr" else 0)
+
+
+@pytest.mark.parametrize("mode", ["pr", "branch"])
+def test_killed_in_the_middle_of_a_merged_model_the_rerun_completes_it(world, mode, monkeypatch):
+    ready = Ready(world, **{"as": "merged"}, mode=mode)
+    ready.run()
+    real = publishing._Publish._with_section
+
+    def killed(*_: Any) -> bytes:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(publishing._Publish, "_with_section", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ready.publish()
+    monkeypatch.setattr(publishing._Publish, "_with_section", real)
+    done = ready.publish()
+    where = "refs/pr/1" if mode == "pr" else f"hubdiff/{ready.id}"
+    assert same(ready.weights(where), ready.expected())
+    card = Path(world.api.hf_hub_download(world.results, "README.md", revision=where)).read_text()
+    assert card.count("## How it was ported") == 1
+    assert len(ready.pulls()) == (1 if mode == "pr" else 0)
+    assert ready.publish().commit == done.commit
+
+
+def test_a_pull_request_of_somebody_else_is_not_ours(world):
+    """Anybody may open one with our title: with other content it counts for nothing."""
+    ready = Ready(world)
+    ready.run()
+    stranger = world.hub.token("other")
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    HfApi(endpoint=world.hub.url, token=stranger).create_commit(
+        world.results,
+        [CommitOperationAdd("hubdiff.json", b"{}")],
+        commit_message=f"sort on org/base-2 [hubdiff {ready.id}]",
+        create_pr=True,
+    )
+    done = ready.publish()
+    assert not done.reused
+    assert done.pr_url
+    assert done.pr_url.endswith("/2")
+
+
+def test_the_repo_must_exist(world):
+    ready = Ready(world, to="demo/not-there")
+    ready.run()
+    with pytest.raises(HubdiffError, match="demo/not-there") as caught:
+        ready.publish()
+    assert "Create it first" in str(caught.value.next_step)
+    assert not world.api.repo_exists("demo/not-there")
+
+
+def test_a_token_that_opens_no_pull_requests_gets_a_branch(world, monkeypatch):
+    from hubdiff.errors import AuthError
+    from hubdiff.hub import HubUpload
+
+    ready = Ready(world)
+    ready.run()
+    real = HubUpload.commit
+
+    def refused(self: HubUpload, *words: str) -> Any:
+        if self._create_pr:
+            raise AuthError("403")
+        return real(self, *words)
+
+    monkeypatch.setattr(HubUpload, "commit", refused)
+    done = ready.publish()
+    assert (done.mode, done.branch) == ("branch", f"hubdiff/{ready.id}")
+    assert ready.publish().reused
+
+
+# --- what comes from a job that ran somebody's code ---
+
+
+def test_the_gate_is_asked_again(world):
+    ready = Ready(world)
+    ready.run()
+    file = ready.results / ready.id / "result.json"
+    document = json.loads(file.read_text())
+    document["check"]["verdict"] = "doubtful"
+    file.write_text(json.dumps(document))
+    (file.parent / "gate.json").write_text('{"passed": true}')
+    with pytest.raises(HubdiffError, match="check says doubtful"):
+        ready.publish()
+    assert ready.pulls() == []
+
+
+def test_a_delta_of_another_base_is_not_published(world):
+    ready = Ready(world)
+    ready.run()
+    folder = ready.results / ready.id / "delta"
+    shutil.rmtree(folder)
+    tuned = models.save(world.root / "tuned", models.moved(models.weights(), seed=5))
+    hubdiff.push_delta(tuned, folder, base="hf://org/base-1")
+    with pytest.raises(HubdiffError, match="is a delta of org/base-1"):
+        ready.publish()
+
+
+def test_a_link_in_the_results_is_not_followed(world):
+    ready = Ready(world)
+    ready.run()
+    (ready.results / ready.id / "delta" / "more.txt").symlink_to("/etc/hostname")
+    with pytest.raises(HubdiffError, match="is a link"):
+        ready.publish()
+
+
+def test_a_scale_that_was_not_to_be_tried_is_refused(world):
+    ready = Ready(world)
+    ready.run()
+    file = ready.results / ready.id / "result.json"
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps({**document, "scale": 7.0}))
+    with pytest.raises(HubdiffError, match="scale 7"):
+        ready.publish()
+
+
+@pytest.mark.parametrize("wanted", ["../../etc", "", "0" * 12, "0123456789AB"])
+def test_an_item_that_is_not_planned_is_refused(world, wanted):
+    ready = Ready(world)
+    for stage in (run, publish_item, gate_item):
+        with pytest.raises(HubdiffError, match=r"item"):
+            stage(ready.plan, ready.results, item=wanted)
+
+
+# --- run ---
+
+
+def test_what_does_not_fit_the_disk_is_said_before_the_work(world):
+    ready = Ready(world)
+    plan = json.loads(ready.plan.read_text())
+    plan["items"][0]["disk_gb"] = 0.1
+    ready.plan.write_text(json.dumps(plan))
+    with pytest.raises(HubdiffError, match=r"needs 0\.3 GB of disk, and 0\.1 GB are there"):
+        ready.run()
+    document = json.loads((ready.results / ready.id / "result.json").read_text())
+    assert document["status"] == "failed"
+    assert not gate_item(ready.plan, ready.results, item=ready.id).passed
+
+
+def test_what_check_refuses_is_not_made(world):
+    ready = Ready(world, amount=30.0)
+    document = ready.run().document
+    assert document["status"] == "refused"
+    said = gate_item(ready.plan, ready.results, item=ready.id)
+    assert said.reasons == (document["why"],)
+    with pytest.raises(HubdiffError, match="is not published"):
+        ready.publish()
+
+
+def test_a_dry_run_leaves_no_file(world):
+    ready = Ready(world)
+    made = ready.run(dry_run=True)
+    assert made.document["check"]["verdict"] == "go"
+    assert not ready.results.exists()
+
+
+def test_the_commands(world, capsys, monkeypatch):
+    monkeypatch.chdir(world.root)
+    ready = Ready(world)
+    where = ["plan.json", "results", "--item", ready.id]
+    assert cli(["backport", "run", *where]) == 0
+    assert cli(["backport", "gate", *where]) == 0
+    assert cli(["backport", "publish", *where, "--dry-run"]) == 0
+    assert cli(["backport", "publish", *where]) == 0
+    said = capsys.readouterr().out
+    assert "passed" in said
+    assert f"published: {world.hub.url}/demo/backports/discussions/1" in said
+    file = ready.results / ready.id / "result.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "status": "failed"}))
+    assert cli(["backport", "gate", *where]) == 4
+    assert cli(["backport", "gate", "plan.json", "nowhere", "--item", ready.id]) == 1
