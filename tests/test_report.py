@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from hubdiff.backport import github
 from hubdiff.backport.lock import Lock, read_lock
 from hubdiff.backport.outcomes import Outcome, merge_outcomes, read_outcomes, read_planned
-from hubdiff.backport.report import LABEL, MARK, TITLE, Reported, picture, report
+from hubdiff.backport.report import _LOOK, LABEL, MARK, TITLE, Reported, picture, report
 from hubdiff.errors import HubdiffError
 from tests.backport_items import leave, leave_done, make_item, published, ran, write_plan
 from tests.github_fake import GitHubFake
@@ -353,10 +353,11 @@ def test_a_curve_with_the_base_beside_it() -> None:
     item = make_item(1)
     assert picture(Outcome(item, "done", result=ran(item))) == "\n".join(
         [
+            _LOOK,
             "xychart-beta",
-            '    title "toy/math on org/base"',
+            '    title "sums: toy/math on org/base"',
             '    x-axis "scale" ["0.6", "0.8", "1"]',
-            '    y-axis "sums" 0.37 --> 0.73',
+            "    y-axis 0.37 --> 0.73",
             "    line [0.6, 0.7, 0.65]",
             "    line [0.4, 0.4, 0.4]",
         ]
@@ -368,7 +369,7 @@ def test_one_scale_is_drawn_as_bars_and_no_numbers_not_at_all() -> None:
     bars = picture(Outcome(item, "done", result=ran(item, curve=[{"scale": 1.0, "value": 0.7}])))
     assert bars is not None
     assert bars.endswith(
-        'x-axis ["base alone", "with the delta"]\n    y-axis "sums" 0 --> 0.77\n    bar [0.4, 0.7]'
+        'x-axis ["base alone", "with the delta"]\n    y-axis 0 --> 0.77\n    bar [0.4, 0.7]'
     )
     assert picture(Outcome(item, "failed")) is None
     assert picture(Outcome(item, "done", result=ran(item, curve=None, scores=None))) is None
@@ -390,13 +391,13 @@ def test_a_picture_is_always_one(name: str, curve: list[Any], values: list[Any])
     drawn = picture(Outcome(item, "done", result=ran(item, curve=curve, scores=scores)))
     if drawn is None:
         return
-    head, title, x_axis, y_axis, *series = drawn.splitlines()
-    assert head == "xychart-beta"
+    look, head, title, x_axis, y_axis, *series = drawn.splitlines()
+    assert (look, head) == (_LOOK, "xychart-beta")
     for line in (title, x_axis, y_axis):
         assert line.count('"') % 2 == 0
         assert set(line) <= set(map(chr, range(32, 127)))
     count = x_axis.count(",") + 1
-    low, high = (float(part) for part in y_axis.rpartition('" ')[2].split(" --> "))
+    low, high = (float(part) for part in y_axis.strip().removeprefix("y-axis ").split(" --> "))
     for line in series:
         numbers = json.loads(line.partition(" [")[2].join("[]").replace("]]", "]"))
         assert len(numbers) == count

@@ -390,6 +390,13 @@ def _run_link(address: object) -> str:
 
 # --- pictures ---
 
+# Mermaid's own first colour can hardly be seen on white, and its title of the y-axis stands on the
+# numbers there.
+_LOOK = (
+    '%%{init: {"xyChart": {"width": 600, "height": 300}, "themeVariables": {"xyChart": '
+    '{"plotColorPalette": "#0969da, #8c959f"}}}}%%'
+)
+
 
 def picture(one: Outcome) -> str | None:
     """Mermaid, which GitHub draws: the scores over the scale beside that of the base alone; at one
@@ -448,10 +455,11 @@ def _chart(
     names = ", ".join(f'"{_plain(label)}"' for label in labels)
     return "\n".join(
         [
+            _LOOK,
             "xychart-beta",
-            f'    title "{_plain(title)}"',
+            f'    title "{_plain(task)}: {_plain(title)}"',
             f"    x-axis {named}[{names}]",
-            f'    y-axis "{_plain(task)}" {_decimal(low)} --> {_decimal(high + room)}',
+            f"    y-axis {_decimal(low)} --> {_decimal(high + room)}",
             *(f"    {kind} [{', '.join(map(_decimal, line))}]" for kind, line in series),
         ]
     )
