@@ -40,7 +40,8 @@ class Asked:
 
 @dataclass
 class Failure:
-    """The next ``times`` requests that match get this answer. ``body`` may be no JSON."""
+    """The next ``times`` requests that match get this answer. ``body`` may be no JSON. ``done``:
+    what was asked for is done all the same."""
 
     status: int
     times: int = 1
@@ -48,6 +49,7 @@ class Failure:
     method: str | None = None
     path: str = ""
     body: bytes = b'{"message": "made to fail"}'
+    done: bool = False
 
 
 class GitHubFake:
@@ -124,7 +126,12 @@ class GitHubFake:
             matches = failure.method in (None, asked.method) and failure.path in asked.path
             if failure.times and matches:
                 failure.times -= 1
+                if failure.done:
+                    self._answer(asked)
                 return failure.status, failure.body, failure.headers
+        return self._answer(asked)
+
+    def _answer(self, asked: Asked) -> tuple[int, Any, dict[str, str]]:
         if asked.path == "/idtoken":
             return self._id_token(asked)
         found = re.fullmatch(r"/repos/([^/]+/[^/]+)/(issues|dispatches)(?:/(\d+))?", asked.path)

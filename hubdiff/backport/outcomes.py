@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from hubdiff import markdown
+from hubdiff.backport.gate import gate, number
 from hubdiff.backport.items import PLAN_VERSION, Item, item_of, read_document
 from hubdiff.backport.lock import ADOPTED, DONE, FAILED, REJECTED, Lock
+from hubdiff.backport.publish import NONE, PUBLISHED
+from hubdiff.backport.run import RAN, REFUSED, RESULT
 from hubdiff.errors import HubdiffError
 
-RESULT, PUBLISHED = "result.json", "published.json"
 _MOST_BYTES = {RESULT: 16 << 20, PUBLISHED: 64 << 10}
 _MOST_ITEMS = 10_000
 _MOST_WORDS = 500  # characters of a reason
-_HUB = "https://huggingface.co"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ADDRESS = re.compile(r"[A-Za-z0-9._~/%-]{0,400}")
 
@@ -104,15 +105,11 @@ def words(value: object) -> str:
     return text if len(text) <= _MOST_WORDS else f"{text[: _MOST_WORDS - 1]}…"
 
 
-def number(value: object) -> float | None:
-    """A finite number, or None."""
-    sound = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if sound and -1e300 < value < 1e300 else None  # type: ignore[operator, arg-type]
-
-
 def hub_address(value: object, repo: str) -> str | None:
     """``value``, where it is an address of that repo of the Hub and nothing else."""
-    home = f"{(os.environ.get('HF_ENDPOINT') or _HUB).rstrip('/')}/{repo}"
+    from hubdiff.hub import endpoint
+
+    home = f"{endpoint()}/{repo}"
     if not isinstance(value, str) or not (value == home or value.startswith(f"{home}/")):
         return None
     rest = value.removeprefix(home)
@@ -207,9 +204,6 @@ def _outcome(item: Item, folder: int | None) -> Outcome:
 
 
 def _judged(item: Item, result: Mapping[str, Any], folder: int | None) -> Outcome:
-    from hubdiff.backport.gate import gate
-    from hubdiff.backport.run import RAN, REFUSED
-
     named = result.get("item")
     if not isinstance(named, dict) or named.get("key") != item.key:
         raise _Unsound(f"{RESULT} is of another item")
@@ -221,7 +215,7 @@ def _judged(item: Item, result: Mapping[str, Any], folder: int | None) -> Outcom
     gated = gate(item, result)
     if not gated.passed:
         return Outcome(item, REJECTED, words("; ".join(gated.reasons)), result, gated.numbers)
-    if item.publish.mode == "none":
+    if item.publish.mode == NONE:
         return Outcome(item, DONE, None, result, gated.numbers)
     output = _output(item, folder)
     if output is None:

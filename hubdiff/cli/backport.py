@@ -8,6 +8,7 @@ import click
 
 from hubdiff.cli import _command as shared
 from hubdiff.cli._output import Page, Session, duration, pass_session
+from hubdiff.cli.backport_record import record_command, report_command
 
 if TYPE_CHECKING:
     from hubdiff.backport.gate import Gated
@@ -147,3 +148,7 @@ def _draw_published(page: Page, made: Published) -> None:
         return
     where = made.pr_url or made.url or "nowhere: publish.mode is none"
     page.line(f"{'there already' if made.reused else 'published'}: {where}")
+
+
+command.add_command(record_command)
+command.add_command(report_command)

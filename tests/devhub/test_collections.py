@@ -9,9 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from hubdiff.devhub import DevHub
 
 
-def test_a_collection_is_made_filled_and_read(
-    alice: HfApi, stranger: HfApi, repo: str
-) -> None:
+def test_a_collection_is_made_filled_and_read(alice: HfApi, stranger: HfApi, repo: str) -> None:
     made = alice.create_collection(f"A Family: {repo}", namespace="team", description="Bases")
     assert made.slug.startswith("team/a-family-alice-judged-")
     alice.add_collection_item(made.slug, repo, "model", note="the first")
