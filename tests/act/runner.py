@@ -1,13 +1,11 @@
 """GitHub Actions on this machine: the rendered workflow of a user's repository, really executed by
 act (github.com/nektos/act), against a loopback Hub and a stand-in for GitHub.
 
-``Repository`` is the user's: a clone with the files that ``hubdiff init-ci`` writes, and the bare
-remote that jobs check out from and push to. ``run`` is one event; what became of each job and step
-is in the ``Run``. What is not GitHub's here: actions/checkout, upload- and download-artifact are
-``stubs/``; ``$/`` is written out, as act does not know it; permissions and concurrency are read by
-nobody; setup-python and the installation are left out (``preinstalled``).
-
-    uses: org/… of the user's workflow is served from this checkout, as --local-repository has it.
+``Repository`` is the user's: a clone with the files that ``hubdiff init-ci`` writes, and the remote
+that jobs check out from and push to, over HTTP and with their token. ``run`` is one event; what
+became of each job and step is in the ``Run``. Not as at GitHub: actions/checkout, upload- and
+download-artifact are ``stubs/``; ``$/`` is written out, as act does not know it; permissions and
+concurrency are read by nobody; setup-python and the installation are left out (``preinstalled``).
 """
 
 from __future__ import annotations
@@ -25,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from github_fake import TOKEN, GitHubFake
+
+from act.git_server import GitServer
 
 from hubdiff.backport.init_ci import HOME, WORKFLOW, init_ci
 
@@ -46,9 +46,10 @@ def tool(name: str) -> str:
 
 @dataclass
 class Run:
-    """One event's run. ``jobs``: the name of a job as it is shown → success or failure; a job that
-    was skipped is not there. ``steps`` likewise, as (job, step). ``artifacts`` is their folder,
-    ``summary`` what was written into the step summaries."""
+    """One event's run. ``jobs``: "watch" or "port 0123456789ab" → success or failure; what was
+    skipped is not there. ``steps`` likewise, by (job, step). ``artifacts`` is their folder,
+    ``summary`` what was written into the step summaries, ``output`` the log, ``pushes`` who came to
+    push to the repository."""
 
     code: int
     output: str
@@ -56,7 +57,7 @@ class Run:
     steps: dict[tuple[str, str], str]
     artifacts: Path
     summary: str
-    folder: Path
+    pushes: list[str | None]
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -69,10 +70,12 @@ class Run:
 
 @dataclass
 class Repository:
-    """``folder`` is for all of it; ``clone`` is the user's, ``remote`` what GitHub has. ``secrets``
-    are the repository's."""
+    """``clone`` is the user's, ``remote`` what GitHub has, both on ``branch``; ``folder`` is for all
+    else. ``secrets`` are the repository's; ``workflow_inputs`` are what its workflow gives the
+    reusable one."""
 
     folder: Path
+    clone: Path
     hub: str
     github: GitHubFake
     secrets: dict[str, str] = field(default_factory=dict)
@@ -81,9 +84,9 @@ class Repository:
     runs: int = 0
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.remote.parent.mkdir(parents=True, exist_ok=True)
         git("init", "--quiet", "--bare", f"--initial-branch={self.branch}", str(self.remote))
-        self.clone.mkdir(exist_ok=True)
+        self.clone.mkdir(parents=True, exist_ok=True)
         git("init", "--quiet", f"--initial-branch={self.branch}", cwd=self.clone)
         # act takes the repository's name from here; nothing is fetched from it.
         git("remote", "add", "origin", f"https://github.com/{NAME}", cwd=self.clone)
@@ -95,11 +98,7 @@ class Repository:
 
     @property
     def remote(self) -> Path:
-        return self.folder / "remote.git"
-
-    @property
-    def clone(self) -> Path:
-        return self.folder / "clone"
+        return self.folder / "github" / NAME
 
     @property
     def ours(self) -> Path:
@@ -110,9 +109,8 @@ class Repository:
         """All that is changed in the clone, onto the remote's branch."""
         git("add", "--all", cwd=self.clone)
         git("commit", "--quiet", "--allow-empty", f"--message={message}", cwd=self.clone)
-        self.push()
-
-    def push(self) -> None:
+        if self.log():
+            git("pull", "--quiet", "--rebase", str(self.remote), self.branch, cwd=self.clone)
         git("push", "--quiet", "origin", f"HEAD:{self.branch}", cwd=self.clone)
 
     def pull(self) -> None:
@@ -120,7 +118,7 @@ class Repository:
 
     def log(self) -> list[str]:
         """Subjects of the remote's commits, the newest first."""
-        return git("log", "--format=%s", self.branch, cwd=self.remote).splitlines()
+        return git("log", "--format=%s", "--branches", cwd=self.remote).splitlines()
 
     def on_remote(self, path: str) -> str:
         """A file as the remote's branch has it."""
@@ -144,30 +142,31 @@ class Repository:
         self.runs += 1
         folder = self.folder / f"run-{self.runs}"
         folder.mkdir()
-        # What a run begins with is what was pushed.
-        self.pull()
-        (folder / "event.json").write_text(json.dumps({"client_payload": dict(payload or {})}))
-        command = [
-            *(tool("act"), event, f"--directory={self.clone}", f"--workflows={WORKFLOW}", "--json"),
-            *("--platform=ubuntu-latest=-self-hosted", "--no-cache-server", "--no-skip-checkout"),
-            f"--env-file={folder / 'no-such-file'}",
-            f"--secret-file={folder / 'no-such-file'}",
-            *(f"--local-repository={of}={at}" for of, at in self._actions().items()),
-            *(f"--input={name}={value}" for name, value in (inputs or {}).items()),
-            *(f"--env={n}={v}" for n, v in self._environment(folder, environment or {}).items()),
-            *(f"--secret={name}={value}" for name, value in self._secrets().items()),
-        ]
-        if payload is not None:
-            command.append(f"--eventpath={folder / 'event.json'}")
-        done = subprocess.run(
-            command,
-            env={**os.environ, "HOME": str(self._home()), "XDG_CACHE_HOME": str(folder / "cache")},
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-        return _read(done, folder)
+        self.pull()  # a run begins with what was pushed
+        event_file = folder / "event.json"
+        event_file.write_text(json.dumps({"action": "hubdiff", "client_payload": payload or {}}))
+        with GitServer(self.remote.parents[1], TOKEN) as server:
+            steps = self._environment(folder, server, environment or {})
+            done = subprocess.run(
+                [
+                    *(tool("act"), event, f"--directory={self.clone}", f"--workflows={WORKFLOW}"),
+                    *("--json", "--no-cache-server", "--no-skip-checkout"),
+                    "--platform=ubuntu-latest=-self-hosted",
+                    f"--env-file={folder / 'none'}",
+                    f"--secret-file={folder / 'none'}",
+                    *([f"--eventpath={event_file}"] if payload is not None else []),
+                    *(f"--local-repository={of}={at}" for of, at in self._actions().items()),
+                    *(f"--input={name}={value}" for name, value in (inputs or {}).items()),
+                    *(f"--env={name}={value}" for name, value in steps.items()),
+                    *(f"--secret={name}={value}" for name, value in self._secrets().items()),
+                ],
+                env={**os.environ, "HOME": str(self._home()), "XDG_CACHE_HOME": str(folder)},
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+                check=False,
+            )
+            return _read(done, folder, server.pushes)
 
     # --- what act is given ---
 
@@ -182,17 +181,20 @@ class Repository:
     def _secrets(self) -> dict[str, str]:
         return {"GITHUB_TOKEN": TOKEN, **self.secrets}
 
-    def _environment(self, folder: Path, more: Mapping[str, str]) -> dict[str, str]:
+    def _environment(
+        self, folder: Path, server: GitServer, more: Mapping[str, str]
+    ) -> dict[str, str]:
+        ref = f"refs/heads/{self.branch}"
         own = self.github.environment(
-            repository=NAME, ref=f"refs/heads/{self.branch}", workflow="hubdiff"
+            repository=NAME, ref=ref, workflow_ref=f"{NAME}/{WORKFLOW}@{ref}"
         )
         del own["GITHUB_TOKEN"]  # a job has it only where the workflow hands it on
         return {
             **own,
             "ACT_ARTIFACTS": str(folder / "artifacts"),
-            "ACT_REMOTE": str(self.remote),
+            "ACT_REMOTE": f"{server.url}/{NAME}",
             "ACT_STUBS": str(STUBS),
-            "ACT_SUMMARY": str(folder / "summary.md"),
+            "GITHUB_SERVER_URL": server.url,
             "HF_ENDPOINT": self.hub,
             "HF_HOME": str(self.folder / "hf"),
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -226,49 +228,40 @@ class Repository:
         file.write_text(text.replace("# HF_TOKEN: $", "HF_TOKEN: $"))
 
     def _write_programs(self) -> None:
-        """hubdiff of this checkout, first on the PATH; what a step writes into its summary is kept,
-        as act forgets it."""
+        """hubdiff of this checkout, first on the PATH."""
         program = self.folder / "bin" / "hubdiff"
         program.parent.mkdir()
         program.write_text(
             "#!/bin/sh\n"
-            f"PYTHONPATH={shlex.quote(str(ROOT))} {shlex.quote(sys.executable)} -m hubdiff "
-            '"$@"\n'
-            "code=$?\n"
-            '[ ! -s "$GITHUB_STEP_SUMMARY" ] || cat "$GITHUB_STEP_SUMMARY" >> "$ACT_SUMMARY"\n'
-            "exit $code\n"
+            f"export PYTHONPATH={shlex.quote(str(ROOT))}\n"
+            f'exec {shlex.quote(sys.executable)} -m hubdiff "$@"\n'
         )
         program.chmod(0o755)
 
 
-def _read(done: subprocess.CompletedProcess[str], folder: Path) -> Run:
+def _read(
+    done: subprocess.CompletedProcess[str], folder: Path, pushes: list[str | None]
+) -> Run:
     jobs: dict[str, str] = {}
     steps: dict[tuple[str, str], str] = {}
-    said = []
+    said, summary = [], ""
     for line in done.stdout.splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
             said.append(line)
             continue
-        job = str(entry.get("job", "")).rpartition("/")[2]
+        job = " ".join([str(entry.get("jobID", "")), *map(str, entry.get("matrix", {}).values())])
         said.append(f"[{job}] {str(entry.get('msg', '')).rstrip()}")
+        if entry.get("command") == "summary":
+            summary += entry["content"]
         if "jobResult" in entry:
             jobs[job] = entry["jobResult"]
         if "stepResult" in entry and entry.get("stage") == "Main":
             steps[job, str(entry.get("step"))] = entry["stepResult"]
     output = "\n".join([*said, done.stderr])
     (folder / "output.txt").write_text(output)
-    summary = folder / "summary.md"
-    return Run(
-        done.returncode,
-        output,
-        jobs,
-        steps,
-        folder / "artifacts",
-        summary.read_text() if summary.is_file() else "",
-        folder,
-    )
+    return Run(done.returncode, output, jobs, steps, folder / "artifacts", summary, pushes)
 
 
 def git(*words: str, cwd: Path | None = None) -> str:
