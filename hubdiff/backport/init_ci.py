@@ -95,12 +95,12 @@ def init_ci(
     pin = _pin(root / WORKFLOW, commit, force)
     texts = dict(_rendered(pin, origin, branch))
     states = {path: _state(root / path, text, force) for path, text in texts.items()}
-    publishers = _publishers(root / CONFIG, origin, branch) if states[CONFIG] != WRITTEN else ()
+    publishers = () if states[CONFIG] == WRITTEN else _publishers(root / CONFIG, origin, branch)
     if not dry_run:
         for path, text in texts.items():
             if states[path] in (WRITTEN, REPLACED):
                 _write(root / path, text)
-    return Initialised(str(root), pin.commit, states, tuple(publishers), dry_run)
+    return Initialised(str(root), pin.commit, states, publishers, dry_run)
 
 
 # --- the repository ---
@@ -242,11 +242,11 @@ def _write(file: Path, text: str) -> None:
     write_whole(file, text.encode())
 
 
-def _publishers(config: Path, origin: str | None, branch: str | None) -> Iterator[Publisher]:
+def _publishers(config: Path, origin: str | None, branch: str | None) -> tuple[Publisher, ...]:
     """One for each repo that something is published to."""
     read = read_config(config)
     deltas = [delta for family in read.families for delta in family.deltas]
     to = {d.publish.to: None for d in deltas if d.publish.to and d.publish.mode != "none"}
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    for repo in to:
-        yield Publisher(repo, origin, Path(WORKFLOW).name, branch, f"{hub}/{repo}/settings")
+    workflow = Path(WORKFLOW).name
+    return tuple(Publisher(r, origin, workflow, branch, f"{hub}/{r}/settings") for r in to)

@@ -8,6 +8,7 @@ too, and the built-in ones its calls let through.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,6 +144,12 @@ def _denied(error: BaseException, subject: Subject) -> HubdiffError | None:
     return None if getattr(error, "filename", None) else _auth(error, subject)
 
 
+def _denied_in_words(error: BaseException, subject: Subject) -> HubdiffError | None:
+    # Nor one for a Hub that gave it no token: to the xet client that is the network's fault.
+    said = re.search(r"client error \((401|403) [A-Za-z]+\)", str(error))
+    return _auth(error, subject) if said else None
+
+
 def _offline(error: BaseException, subject: Subject) -> HubdiffError:
     return HubUnavailable(
         f"{subject} is not in the local cache, and HF_HUB_OFFLINE forbids asking the Hub",
@@ -226,6 +233,7 @@ _TABLE: list[tuple[Any, _Build]] = [
     (ValueError, _plain),
     (Exception, _disk),
     (PermissionError, _denied),
+    (ConnectionError, _denied_in_words),
     (client.HTTPError, _unreachable),
     (ConnectionError, _unreachable),
 ]

@@ -201,6 +201,8 @@ class Repository:
             "HOME": str(self._home()),
             "NO_PROXY": "127.0.0.1",
             "OMP_NUM_THREADS": "1",
+            "NO_COLOR": "1",  # a step has a terminal here, which it has not at GitHub
+            "TERM": "dumb",
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             **more,
         }
@@ -255,10 +257,12 @@ def _read(
         said.append(f"[{job}] {str(entry.get('msg', '')).rstrip()}")
         if entry.get("command") == "summary":
             summary += entry["content"]
-        if "jobResult" in entry:
-            jobs[job] = entry["jobResult"]
         if "stepResult" in entry and entry.get("stage") == "Main":
             steps[job, str(entry.get("step"))] = entry["stepResult"]
+        if "jobResult" in entry:
+            # act says of every job of a matrix what is so of all of them together.
+            own = {result for (name, _), result in steps.items() if name == job}
+            jobs[job] = "failure" if "failure" in own else "success"
     output = "\n".join([*said, done.stderr])
     (folder / "output.txt").write_text(output)
     return Run(done.returncode, output, jobs, steps, folder / "artifacts", summary, pushes)
