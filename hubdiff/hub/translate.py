@@ -8,6 +8,7 @@ too, and the built-in ones its calls let through.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,6 +144,14 @@ def _denied(error: BaseException, subject: Subject) -> HubdiffError | None:
     return None if getattr(error, "filename", None) else _auth(error, subject)
 
 
+# The xet client is not Python: what the Hub answered it is in the text of a connection error.
+_XET_DENIED = re.compile(r"HTTP status client error \((401|403)\b")
+
+
+def _xet_denied(error: BaseException, subject: Subject) -> HubdiffError | None:
+    return _auth(error, subject) if _XET_DENIED.search(str(error)) else None
+
+
 def _offline(error: BaseException, subject: Subject) -> HubdiffError:
     return HubUnavailable(
         f"{subject} is not in the local cache, and HF_HUB_OFFLINE forbids asking the Hub",
@@ -226,6 +235,7 @@ _TABLE: list[tuple[Any, _Build]] = [
     (ValueError, _plain),
     (Exception, _disk),
     (PermissionError, _denied),
+    (Exception, _xet_denied),
     (client.HTTPError, _unreachable),
     (ConnectionError, _unreachable),
 ]
