@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,12 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(HubdiffError, match="not UTF-8"):
         read_config(file)
+
+
+def test_the_config_in_the_readme_is_one(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(families:.*?)```", readme, re.DOTALL)
+    assert read(tmp_path, block).families[0].deltas[0].scales == (0.8, 1.0)
 
 
 def test_the_schema_is_one():
