@@ -43,6 +43,7 @@ COMMANDS = {
     "connectivity": "connectivity",
     "watch": "watch",
     "backport": "backport",
+    "init-ci": "init_ci",
     "demo": "demo",
 }
 
