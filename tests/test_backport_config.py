@@ -30,7 +30,7 @@ families:
         scales: [0.6, 1]
         eval: {{tasks: [a.yaml, b], limit: 10}}
         gate: {{min: 0.5, max_drop: 0.02, recovery: 0.5, tuned: me/t}}
-        publish: {{to: me/x, as: merged, mode: pr}}
+        publish: {{to: me/x, as: merged, mode: pr, public: true}}
 limits: {{items: 2, attempts: 1, disk_gb: 30}}
 """
 
@@ -50,6 +50,7 @@ def test_a_whole_config_is_read(tmp_path):
     assert delta.scales == (0.6, 1.0)
     assert delta.gate.task == "a.yaml"  # the first, unless it is said
     assert (delta.publish.to, delta.publish.kind, delta.publish.mode) == ("me/x", "merged", "pr")
+    assert delta.publish.public
     assert (config.limits.items, config.limits.disk_gb) == (2, 30)
     assert config.outputs() == {"me/d", "me/x"}
 
