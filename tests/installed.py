@@ -16,7 +16,9 @@ environment = Path(sys.argv[1]).resolve()
 package = Path(hubdiff.__file__).resolve().parent
 if environment not in package.parents:
     sys.exit(f"hubdiff comes from {package}, not from {environment}")
-expected = sorted(file.name for file in (Path(__file__).parents[1] / "templates").iterdir())
+templates = Path(__file__).parents[1] / "templates"
+files_there = (file for file in templates.rglob("*") if file.is_file())
+expected = sorted(file.relative_to(templates).as_posix() for file in files_there)
 for name in expected:
     if template(name) != (package / "templates" / name).read_text(encoding="utf-8"):
         sys.exit(f"{name} is not the wheel's own")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ families:
         scales: [0.6, 1]
         eval: {{tasks: [a.yaml, b], limit: 10}}
         gate: {{min: 0.5, max_drop: 0.02, recovery: 0.5, tuned: me/t}}
-        publish: {{to: me/x, as: merged, mode: pr}}
+        publish: {{to: me/x, as: merged, mode: pr, public: true}}
 limits: {{items: 2, attempts: 1, disk_gb: 30}}
 """
 
@@ -49,6 +50,7 @@ def test_a_whole_config_is_read(tmp_path):
     assert delta.scales == (0.6, 1.0)
     assert delta.gate.task == "a.yaml"  # the first, unless it is said
     assert (delta.publish.to, delta.publish.kind, delta.publish.mode) == ("me/x", "merged", "pr")
+    assert delta.publish.public
     assert (config.limits.items, config.limits.disk_gb) == (2, 30)
     assert config.outputs() == {"me/d", "me/x"}
 
@@ -101,6 +103,12 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(HubdiffError, match="not UTF-8"):
         read_config(file)
+
+
+def test_the_config_in_the_readme_is_one(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(families:.*?)```", readme, re.DOTALL)
+    assert read(tmp_path, block).families[0].deltas[0].scales == (0.8, 1.0)
 
 
 def test_the_schema_is_one():

@@ -183,6 +183,26 @@ def test_the_repo_must_exist(world):
     assert not world.api.repo_exists("demo/not-there")
 
 
+@pytest.mark.parametrize("kind", ["delta", "merged"])
+def test_what_is_gated_does_not_become_public_by_accident(world, kind):
+    ready = Ready(world, **{"as": kind})
+    ready.run()
+    world.api.update_repo_settings("org/base-2", gated="auto")
+    with pytest.raises(HubdiffError, match=r"org/base-2@.* is gated or private") as caught:
+        ready.publish()
+    assert "public: true" in str(caught.value.next_step)
+    assert ready.pulls() == []
+    world.api.update_repo_settings(world.results, private=True)
+    assert ready.publish().pr_url
+
+
+def test_what_is_gated_becomes_public_where_one_says_so(world):
+    ready = Ready(world, public=True)
+    ready.run()
+    world.api.update_repo_settings("org/base-2", gated="auto")
+    assert ready.publish().pr_url
+
+
 def test_a_token_that_opens_no_pull_requests_gets_a_branch(world, monkeypatch):
     from hubdiff.errors import AuthError
     from hubdiff.hub import HubUpload

@@ -6,8 +6,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +311,29 @@ def test_a_job_that_is_run_again_and_succeeds_replaces_its_failure(
     assert go(here, plan, results, push=True).commit is None
 
 
+def test_an_older_run_undoes_nothing(here: Path, tmp_path: Path) -> None:
+    """A run whose artifacts are gone is recorded again, after a later attempt."""
+    first, second = make_item(attempt=1), make_item(attempt=2)
+    old, empty = write_plan(tmp_path / "old", first), tmp_path / "empty"
+    go(here, write_plan(tmp_path / "new", second), empty)
+    assert go(here, old, empty).commit is None
+    leave(tmp_path / "r", second, result=ran(second, value=0.1))
+    go(here, write_plan(tmp_path / "new", second), tmp_path / "r")
+    assert go(here, write_plan(tmp_path / "new", second), empty).commit is None
+    entry = read_lock(here / "hubdiff.lock").items[first.key]
+    assert (entry["status"], entry["attempts"]) == ("rejected", 2)
+
+
+def test_other_settings_are_another_try(here: Path, tmp_path: Path) -> None:
+    rejected = make_item(attempt=2)
+    leave(tmp_path / "r", rejected, result=ran(rejected, value=0.1))
+    go(here, write_plan(tmp_path / "p", rejected), tmp_path / "r")
+    changed = replace(rejected, settings="6" * 64, attempt=1)
+    assert go(here, write_plan(tmp_path / "q", changed), tmp_path / "none").commit
+    entry = read_lock(here / "hubdiff.lock").items[changed.key]
+    assert (entry["status"], entry["attempts"], entry["settings"]) == ("failed", 1, "6" * 64)
+
+
 def test_attempts_are_counted(here: Path, tmp_path: Path) -> None:
     for attempt in (1, 2, 3):
         item = make_item(attempt=attempt)
@@ -554,6 +580,85 @@ def test_the_push_goes_where_only_pushes_go(here: Path, remote: Path, tmp_path: 
     git(here, "remote", "set-url", "--push", "origin", str(remote))
     assert go(here, write_plan(tmp_path / "p", make_item()), tmp_path / "r", push=True).pushed
     assert set(remote_lock(remote).items) == {make_item().key}
+
+
+class GitServer:
+    """Bare repositories over HTTP, for who sends the right header, by git's own CGI program."""
+
+    def __init__(self, folder: Path, header: str) -> None:
+        backend = f"{git(folder, '--exec-path')}/git-http-backend"
+
+        class Handler(BaseHTTPRequestHandler):
+            def serve(self) -> None:
+                if self.headers.get("Authorization") != header:
+                    self.send_response(401)
+                    self.send_header("WWW-Authenticate", "Basic")
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                path, _, query = self.path.partition("?")
+                environment = {
+                    **os.environ,
+                    "GIT_PROJECT_ROOT": str(folder),
+                    "GIT_HTTP_EXPORT_ALL": "1",
+                    "REMOTE_USER": "me",
+                    "REQUEST_METHOD": self.command,
+                    "PATH_INFO": path,
+                    "QUERY_STRING": query,
+                    "CONTENT_TYPE": self.headers.get("Content-Type") or "",
+                    "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding") or "",
+                    "GIT_PROTOCOL": self.headers.get("Git-Protocol") or "",
+                }
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                done = subprocess.run(
+                    [backend], input=body, env=environment, capture_output=True, check=True
+                )
+                head, _, content = done.stdout.partition(b"\r\n\r\n")
+                fields = dict(line.split(": ", 1) for line in head.decode().split("\r\n"))
+                self.send_response(int(fields.pop("Status", "200").split()[0]))
+                for name, value in {**fields, "Content-Length": str(len(content))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = serve  # noqa: N815
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def __enter__(self) -> GitServer:
+        threading.Thread(target=self._server.serve_forever, args=[0.01], daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def test_the_right_to_push_comes_from_the_environment_and_is_kept_nowhere(
+    here: Path, remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = write_plan(tmp_path / "p", make_item())
+    with GitServer(tmp_path, "basic c2VjcmV0") as server:
+        git(here, "remote", "set-url", "origin", f"{server.url}/remote.git")
+        with pytest.raises(HubdiffError, match="terminal prompts disabled") as error:
+            go(here, plan, tmp_path / "results", push=True)
+        assert "contents: write" in str(error.value.next_step)
+        monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+        monkeypatch.setenv("GIT_CONFIG_KEY_0", f"http.{server.url}/.extraheader")
+        monkeypatch.setenv("GIT_CONFIG_VALUE_0", "AUTHORIZATION: basic c2VjcmV0")
+        made = go(here, plan, tmp_path / "results", push=True)
+        assert made.pushed
+        refuse(remote, "no")
+        with pytest.raises(HubdiffError, match="pre-receive hook declined") as error:
+            go(here, write_plan(tmp_path / "q", make_item(2)), tmp_path / "results", push=True)
+    assert set(remote_lock(remote).items) == {make_item().key}
+    kept = [path for path in (here / ".git").rglob("*") if path.is_file()]
+    assert not [path for path in kept if b"c2VjcmV0" in path.read_bytes()]
+    assert "c2VjcmV0" not in f"{error.value} {made.as_json()}"
 
 
 def test_a_lock_that_is_broken_on_the_remote_is_not_replaced(

@@ -88,12 +88,14 @@ def test_one_issue_is_opened_once_and_then_written_anew(hub: GitHubFake, runs: R
     assert (hub.count("POST"), hub.count("PATCH")) == (1, 1)
 
 
-def test_it_is_left_alone_where_nothing_changed(hub: GitHubFake, runs: Runs) -> None:
+def test_it_is_left_alone_where_nothing_changed(
+    hub: GitHubFake, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs.run(make_item(1), issue=REPO)
     body = hub.issues[REPO][0]["body"]
     hub.issues[REPO][0]["body"] = body.replace("\n", "\r\n")  # as the web page sends it back
     assert runs.run(make_item(1), issue=REPO).action == "unchanged"
-    os.environ["GITHUB_RUN_ID"] = "2"
+    monkeypatch.setenv("GITHUB_RUN_ID", "2")
     assert runs.run(issue=REPO).action == "unchanged"
     assert hub.count("PATCH") == 0
 

@@ -3,10 +3,13 @@ the linters that GitHub users have, and against what hubdiff promises of them.""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +109,73 @@ def test_they_follow_githubs_schemas(caller):
         ("vendor.github-actions", ACTIONS),
     ):
         tool("check-jsonschema", "--builtin-schema", schema, *map(str, files))
+
+
+# --- installing ---
+
+
+def test_the_hubdiff_of_the_very_commit_is_installed(tmp_path):
+    """With pip, from the folder that GitHub has the action in; what it depends on is borrowed. With
+    a GPU no other torch is fetched."""
+    borrowed = sysconfig.get_path("purelib")
+    program(tmp_path / "bin" / "nvidia-smi", "exit 0")
+    program(tmp_path / "bin" / "python", f'exec {shlex.quote(sys.executable)} "$@"')
+    setup(tmp_path, PIP_NO_DEPS="1")
+    (path,) = (tmp_path / "path").read_text().splitlines()
+    done = subprocess.run(
+        [f"{path}/hubdiff", "init-ci", "--json", "--dry-run", "--commit", COMMIT],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": borrowed},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["commit"] == COMMIT
+
+
+def test_without_a_gpu_torch_comes_from_the_cpu_index_first(tmp_path):
+    program(
+        tmp_path / "bin" / "python",
+        f'echo "$@" >> {shlex.quote(str(tmp_path / "asked"))}',
+        '[ "$2" != venv ] || { mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; }',
+    )
+    program(tmp_path / "bin" / "nvidia-smi", "exit 9")
+    setup(tmp_path)
+    _, torch, hubdiff = (tmp_path / "asked").read_text().splitlines()
+    assert "--index-url https://download.pytorch.org/whl/cpu" in torch
+    assert torch.endswith(" torch")
+    assert hubdiff.endswith("/.github/actions/setup/../../..[backport]")
+    assert all("constraints.txt" in line for line in (torch, hubdiff))
+
+
+def program(file: Path, *lines: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    file.chmod(0o755)
+
+
+def setup(folder: Path, **environment: str) -> None:
+    """The script of the action that installs, with the programs in ``folder``/bin."""
+    action = ROOT / ".github" / "actions" / "setup"
+    (script,) = (step["run"] for step in steps(action / "action.yml") if "env" in step)
+    done = subprocess.run(
+        ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", script],
+        env={
+            **os.environ,
+            "EXTRAS": "backport",
+            "GITHUB_ACTION_PATH": str(action),
+            "GITHUB_PATH": str(folder / "path"),
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+            "RUNNER_OS": "Linux",
+            "RUNNER_TEMP": str(folder),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # --- promises ---

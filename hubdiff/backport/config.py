@@ -55,11 +55,13 @@ class Gate:
 
 @dataclass(frozen=True)
 class Publish:
-    """``to`` is a repo; ``kind`` delta or merged; ``mode`` pr, branch or none."""
+    """``to`` is a repo; ``kind`` delta or merged; ``mode`` pr, branch or none; ``public``: also what
+    is made of gated or private repos."""
 
     to: str | None
     kind: str
     mode: str
+    public: bool = False
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,12 @@ def _delta(name: str, value: Mapping[str, Any]) -> DeltaPolicy:
         tuple(float(scale) for scale in value.get("scales", (1.0,))),
         Evaluation(**asked),
         gate,
-        Publish(publish.get("to"), publish.get("as", "delta"), publish["mode"]),
+        Publish(
+            publish.get("to"),
+            publish.get("as", "delta"),
+            publish["mode"],
+            publish.get("public", False),
+        ),
     )
 
 

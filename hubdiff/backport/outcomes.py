@@ -118,21 +118,27 @@ def hub_address(value: object, repo: str) -> str | None:
 
 def merge_outcomes(lock: Lock, fresh: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The entries of ``fresh`` that tell ``lock`` something. What it has already, but for the time
-    and the run, is no news, so that a stage may run twice. What is done stays done, and what
-    was tried is not merely seen."""
+    and the run, is no news, so that a stage may run twice. What is done stays done, what was tried
+    is not merely seen, and an older attempt does not undo a later one."""
     return [one for one in fresh if _is_news(one, lock.items.get(str(one["key"])))]
 
 
 def _is_news(fresh: Mapping[str, Any], known: Mapping[str, Any] | None) -> bool:
     if known is None:
         return True
-    if fresh["status"] == ADOPTED or (known["status"] == DONE and fresh["status"] != DONE):
-        return False
-    if int(known.get("attempts") or 0) > fresh["attempts"] and known["status"] != FAILED:
-        return False
+    if fresh["status"] != DONE:
+        same_settings = known.get("settings") == fresh.get("settings")
+        if known["status"] == DONE or fresh["status"] == ADOPTED:
+            return False
+        if same_settings and _progress(known) > _progress(fresh):
+            return False
     apart = ("key", "at", "run")
     old, new = ({k: v for k, v in one.items() if k not in apart} for one in (known, fresh))
     return old != new
+
+
+def _progress(entry: Mapping[str, Any]) -> tuple[int, int]:
+    return int(entry.get("attempts") or 0), entry["status"] == REJECTED
 
 
 # --- reading ---

@@ -182,6 +182,7 @@ class _Publish:
             push_to=f"hf://{self._to}@{branch}" if mode == BRANCH else f"hf://{self._to}",
             scale=self._scale,
             pr=mode == PR,
+            public=self._item.publish.public,
             force=True,
             message=self._title,
             progress=self._progress,
@@ -259,16 +260,26 @@ class _Publish:
             )
 
     def _require_repo(self) -> None:
+        """The repo exists, and may hold what is made of this base and this delta."""
         from hubdiff.hub import see
 
         try:
-            see(self._to)
+            to = see(self._to)
         except RepoNotFound as error:
             raise HubdiffError(
                 str(error),
                 next_step=f"Create it first (hf repos create {self._to}): a trusted publisher's "
                 "token can't, and nobody should by accident.",
             ) from error
+        if to.private or self._item.publish.public:
+            return
+        for ref in (self._item.base, self._item.source):
+            if _closed(ref.partition("@")[0]):
+                raise HubdiffError(
+                    f"{ref} is gated or private, and {self._to} is public",
+                    next_step="Make the repo private; or, where the terms allow it, say publish: "
+                    "{public: true} in hubdiff.yaml.",
+                )
 
     def _published(self, mode: str, **where: Any) -> Published:
         from hubdiff.hub import endpoint
@@ -278,6 +289,17 @@ class _Publish:
             where["url"] = f"{endpoint()}/{self._to}/tree/{branch}"
         to = self._item.publish.to
         return Published(self._item.id, to, self._item.publish.kind, mode, branch, **where)
+
+
+def _closed(repo: str) -> bool:
+    """What can't be seen from here, as with a trusted publisher's token, is private."""
+    from hubdiff.hub import see
+
+    try:
+        seen = see(repo)
+    except RepoNotFound:
+        return True
+    return seen.private or seen.gated
 
 
 def _ref(pr_url: str | None) -> str:

@@ -243,9 +243,10 @@ class _Checkout:
             raise HubdiffError(f"{folder} is a bare git repository", next_step="Use a checkout.")
         self._path = (folder / lock.name).relative_to(os.path.realpath(root)).as_posix()
         self._git = self._repo.git
-        # No question that nobody answers; no trace that would print a password.
+        # No question that nobody answers; no trace that shows a token (GIT_CURL_VERBOSE is on with
+        # any value, so what it prints must be redacted).
         self._git.update_environment(
-            GIT_TERMINAL_PROMPT="0", GIT_CURL_VERBOSE="0", GIT_TRACE_CURL="0", GIT_TRACE="0"
+            GIT_TERMINAL_PROMPT="0", GIT_TRACE="0", GIT_TRACE_CURL="0", GIT_TRACE_REDACT="1"
         )
 
     def __enter__(self) -> _Checkout:

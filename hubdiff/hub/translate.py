@@ -144,10 +144,12 @@ def _denied(error: BaseException, subject: Subject) -> HubdiffError | None:
     return None if getattr(error, "filename", None) else _auth(error, subject)
 
 
-def _denied_in_words(error: BaseException, subject: Subject) -> HubdiffError | None:
-    # Nor one for a Hub that gave it no token: to the xet client that is the network's fault.
-    said = re.search(r"client error \((401|403) [A-Za-z]+\)", str(error))
-    return _auth(error, subject) if said else None
+# The xet client is not Python: what the Hub answered it is in the text of a connection error.
+_XET_DENIED = re.compile(r"HTTP status client error \((401|403)\b")
+
+
+def _xet_denied(error: BaseException, subject: Subject) -> HubdiffError | None:
+    return _auth(error, subject) if _XET_DENIED.search(str(error)) else None
 
 
 def _offline(error: BaseException, subject: Subject) -> HubdiffError:
@@ -233,7 +235,7 @@ _TABLE: list[tuple[Any, _Build]] = [
     (ValueError, _plain),
     (Exception, _disk),
     (PermissionError, _denied),
-    (ConnectionError, _denied_in_words),
+    (Exception, _xet_denied),
     (client.HTTPError, _unreachable),
     (ConnectionError, _unreachable),
 ]

@@ -22,6 +22,8 @@ class Seen:
     tags: tuple[str, ...]
     library: str | None
     new_version: str | None
+    private: bool
+    gated: bool
 
 
 def see(repo: str, revision: str | None = None) -> Seen:
@@ -41,6 +43,8 @@ def see(repo: str, revision: str | None = None) -> Seen:
         tuple(info.tags or ()),
         info.library_name,
         newer if isinstance(newer, str) else None,
+        bool(info.private),
+        bool(info.gated),
     )
 
 

@@ -185,11 +185,13 @@ def test_a_file_that_may_not_be_read_is_no_matter_of_tokens() -> None:
     assert type(translate(PermissionError("xet token refused"), SUBJECT)) is errors.AuthError
 
 
-def test_the_xet_client_calls_it_the_network_where_the_hub_gives_it_no_token() -> None:
-    said = "Network error: Request error: HTTP status client error (403 Forbidden), domain: http://x"
-    assert type(translate(ConnectionError(said), SUBJECT)) is errors.AuthError
-    other = said.replace("403 Forbidden", "404 Not Found")
-    assert type(translate(ConnectionError(other), SUBJECT)) is errors.HubUnavailable
+def test_what_the_xet_client_was_refused_is_a_matter_of_tokens() -> None:
+    said = "Network error: Request error: HTTP status client error ({}), domain: http://hub/x"
+    for status in ("401 Unauthorized", "403 Forbidden"):
+        refused = ConnectionError(said.format(status))
+        assert type(translate(refused, SUBJECT)) is errors.AuthError
+    other = ConnectionError(said.format("404 Not Found"))
+    assert type(translate(other, SUBJECT)) is errors.HubUnavailable
 
 
 def test_headers_of_the_client_carry_no_secret_into_messages(
