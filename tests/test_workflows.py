@@ -3,13 +3,11 @@ the linters that GitHub users have, and against what hubdiff promises of them.""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,23 +113,30 @@ def test_they_follow_githubs_schemas(caller):
 
 
 def test_the_hubdiff_of_the_very_commit_is_installed(tmp_path):
-    """With pip, from the folder that GitHub has the action in; what it depends on is borrowed. With
-    a GPU no other torch is fetched."""
-    borrowed = sysconfig.get_path("purelib")
+    """With pip, from the folder that GitHub has the action in. What hubdiff depends on is borrowed;
+    with a GPU no other torch is fetched either."""
+    borrowed = "\n".join(path for path in sys.path if path.endswith("site-packages"))
+    pth = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages/borrowed.pth"
     program(tmp_path / "bin" / "nvidia-smi", "exit 0")
-    program(tmp_path / "bin" / "python", f'exec {shlex.quote(sys.executable)} "$@"')
-    setup(tmp_path, PIP_NO_DEPS="1")
+    program(
+        tmp_path / "bin" / "python",
+        f'{shlex.quote(sys.executable)} "$@" || exit',
+        f'[ "$2" != venv ] || echo {shlex.quote(borrowed)} > "$3/{pth}"',
+    )
+    setup(tmp_path)
     (path,) = (tmp_path / "path").read_text().splitlines()
+    code = "import hubdiff; from hubdiff.card import template; template('github/hubdiff.yml'); "
     done = subprocess.run(
-        [f"{path}/hubdiff", "init-ci", "--json", "--dry-run", "--commit", COMMIT],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": borrowed},
+        [f"{path}/python", "-c", f"{code}print(hubdiff.__file__)"],
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["commit"] == COMMIT
+    assert done.stdout.startswith(str(tmp_path / "hubdiff-venv"))
+    assert (Path(path) / "hubdiff").is_file()
 
 
 def test_without_a_gpu_torch_comes_from_the_cpu_index_first(tmp_path):
