@@ -22,6 +22,10 @@ settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
+# Workers share the cores: OpenMP's threads, spinning while they wait for each other, took most of
+# the time of every training. Here and in what the tests start; torch reads it once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # huggingface_hub reads these once, when it is imported: before anything else here.
 _HOME = tempfile.mkdtemp(prefix="hubdiff-tests-")
 atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
