@@ -1,5 +1,5 @@
-"""The workflows that are shipped, really executed: a user's repository, what `hubdiff init-ci` writes
-into it, jobs by act, a loopback Hub, GitHub's stand-in. hubdiff is the real one in every job."""
+"""The workflows that are shipped, really executed: a user's repository, what `hubdiff init-ci`
+writes into it, jobs by act, a loopback Hub, a stand-in for GitHub. hubdiff is the real one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hubdiff.devhub import DevHub
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="act's wheels are for Linux")
 
 Start = Callable[..., Repository]
-HOSTILE = "x\";touch${IFS}PWNED;$(touch${IFS}PWNED)`touch${IFS}PWNED`"
+HOSTILE = 'x";touch${IFS}PWNED;$(touch${IFS}PWNED)`touch${IFS}PWNED`'
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +118,8 @@ def test_a_new_base_becomes_a_pull_request_with_its_numbers(adopted, world, gith
     assert run.code == 0, run.output
     (item,) = run.plan["items"]
     id = item["id"]
-    assert run.jobs == {
-        name: "success" for name in ("watch", f"port {id}", f"publish {id}", "record", "report")
-    }
+    every = ("watch", f"port {id}", f"publish {id}", "record", "report")
+    assert run.jobs == dict.fromkeys(every, "success")
     assert pull_requests(world) == [f"sort on org/base-2 [hubdiff {id}]"]
     entry = adopted.lock()["items"][item["key"]]
     assert entry["status"] == "done"
@@ -129,7 +128,9 @@ def test_a_new_base_becomes_a_pull_request_with_its_numbers(adopted, world, gith
     (issue,) = github.issues[NAME]
     assert entry["output"]["pr_url"] in issue["body"]
     # What travels by artifact: results to all, the delta only to the job that publishes it.
-    assert {path.name for path in (run.artifacts / f"result-{id}" / id).iterdir()} == {"result.json"}
+    assert {path.name for path in (run.artifacts / f"result-{id}" / id).iterdir()} == {
+        "result.json"
+    }
     assert (run.artifacts / f"delta-{id}" / id / "delta" / "hubdiff.json").is_file()
 
     again = adopted.run()
@@ -239,8 +240,8 @@ def test_a_push_that_comes_too_late_is_merged(adopted, world):
         f"[ ! -e '{marker}' ] || exit 0\n"
         f"touch '{marker}'\n"
         "unset GIT_QUARANTINE_PATH GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES\n"
-        "export GIT_AUTHOR_NAME=x GIT_AUTHOR_EMAIL=x@x GIT_COMMITTER_NAME=x GIT_COMMITTER_EMAIL=x@x\n"
-        "new=$(git commit-tree -p main -m 'somebody else' 'main^{tree}')\n"
+        "who='-c user.name=x -c user.email=x@example.org'\n"
+        "new=$(git $who commit-tree -p main -m 'somebody else' 'main^{tree}')\n"
         "git update-ref refs/heads/main $new\n"
     )
     hook.chmod(0o755)

@@ -47,10 +47,8 @@ def released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         actor = git.Actor("a", "a@example.org")
         commit = repo.index.commit("release", author=actor, committer=actor)
         repo.index.commit("later", author=actor, committer=actor)
-        repo.git.execute(
-            ["git", "-c", "user.name=a", "-c", "user.email=a@b", "tag", "-a"]
-            + [f"v{__version__}", "-m", "release", commit.hexsha]
-        )
+        with repo.git.custom_environment(GIT_COMMITTER_NAME="a", GIT_COMMITTER_EMAIL="a@b.org"):
+            repo.git.tag("-a", f"v{__version__}", "-m", "release", commit.hexsha)
     reroute(monkeypatch, home)
     return str(commit.hexsha)
 

@@ -1,4 +1,4 @@
-"""templates/jobs/relay.py: an event of the Hub becomes a dispatch at GitHub, as the script it is."""
+"""templates/jobs/relay.py: an event of the Hub becomes a dispatch at GitHub."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A bare repository over HTTP, as GitHub serves it: anybody reads, and who pushes needs the token of
-the job, as ``git http-backend`` is told. ``pushes`` are the pushes that were tried, by who."""
+"""A bare repository over HTTP, as GitHub serves it: anybody reads, and who pushes needs the token
+of the job. ``pushes`` are the requests to push, by who made them: None is nobody."""
 
 from __future__ import annotations
 

@@ -22,9 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from github_fake import TOKEN, GitHubFake
-
 from act.git_server import GitServer
+from github_fake import TOKEN, GitHubFake
 
 from hubdiff.backport.init_ci import HOME, WORKFLOW, init_ci
 
@@ -70,8 +69,8 @@ class Run:
 
 @dataclass
 class Repository:
-    """``clone`` is the user's, ``remote`` what GitHub has, both on ``branch``; ``folder`` is for all
-    else. ``secrets`` are the repository's; ``workflow_inputs`` are what its workflow gives the
+    """``clone`` is the user's, ``remote`` what GitHub has, both on ``branch``; ``folder`` is for
+    all else. ``secrets`` are the repository's; ``workflow_inputs`` are what its workflow gives the
     reusable one."""
 
     folder: Path
@@ -241,9 +240,7 @@ class Repository:
         program.chmod(0o755)
 
 
-def _read(
-    done: subprocess.CompletedProcess[str], folder: Path, pushes: list[str | None]
-) -> Run:
+def _read(done: subprocess.CompletedProcess[str], folder: Path, pushes: list[str | None]) -> Run:
     jobs: dict[str, str] = {}
     steps: dict[tuple[str, str], str] = {}
     said, summary = [], ""
