@@ -39,7 +39,7 @@ def record_command(
     """Write into hubdiff.lock what became of the items of PLAN, and commit it: the lock alone,
     whatever else is changed in the work tree. To do it twice is to do it once.
 
-    Where nothing is new there is no commit, except for a date after 45 quiet days: GitHub stops the
+    Where nothing is new there is no commit, but for a date after 45 quiet days: GitHub stops the
     schedules of a repository in which nothing happens for 60. Who may push is set up in git.
     """
     from hubdiff.backport.record import record

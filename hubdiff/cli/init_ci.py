@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option(
     "--force",
     is_flag=True,
-    help="Replace what is not as it would be written, except hubdiff.yaml, and take this version.",
+    help="Replace what is not as it would be written (never hubdiff.yaml), and take this version.",
 )
 @click.option("--dry-run", is_flag=True, help="Write no file.")
 @shared.json_output
