@@ -32,6 +32,9 @@ os.environ["HF_HOME"] = _HOME
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["NO_PROXY"] = "127.0.0.1"
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody answers there
+# torch's threads wait for each other in a loop, which takes the core from the one waited for where
+# several processes share the cores. Read when torch is imported, here and by what tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from huggingface_hub import CommitOperationAdd, HfApi  # noqa: E402
 
