@@ -37,9 +37,6 @@ os.environ["HF_HOME"] = _HOME
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["NO_PROXY"] = "127.0.0.1"
 os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody answers there
-# torch's threads wait for each other in a loop, which takes the core from the one waited for where
-# several processes share the cores. Read when torch is imported, here and by what tests start.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from huggingface_hub import CommitOperationAdd, HfApi  # noqa: E402
 
@@ -51,6 +48,7 @@ _numbers = count()
 
 # A minute and more each: begun last, one of them would keep one process busy alone at the end.
 _LONG = (
+    "test_act.py",
     "test_evaluate.py",
     "test_promises.py",
     "test_recycle.py",
@@ -58,7 +56,9 @@ _LONG = (
     "test_connectivity.py",
     "test_finetune.py",
     "test_delta_battery.py",
+    "test_backport_end.py",
     "test_compare.py",
+    "test_record.py",
     "test_hub_jobs.py",
 )
 
@@ -70,8 +70,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported by now stays. Garbage is collected after each model, and to look through all
-    of torch and transformers takes a third of a second."""
+    """What was imported by now stays. Garbage is collected after each model, and to look through
+    all of torch and transformers takes a third of a second."""
     gc.collect()
     gc.freeze()
 

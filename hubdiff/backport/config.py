@@ -55,8 +55,8 @@ class Gate:
 
 @dataclass(frozen=True)
 class Publish:
-    """``to`` is a repo; ``kind`` delta or merged; ``mode`` pr, branch or none; ``public``: also what
-    is made of gated or private repos."""
+    """``to`` is a repo; ``kind`` delta or merged; ``mode`` pr, branch or none; ``public``: also
+    what is made of gated or private repos."""
 
     to: str | None
     kind: str
