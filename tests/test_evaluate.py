@@ -383,7 +383,9 @@ def test_models_and_deltas_are_told_apart(
 def test_the_suites_are_what_the_harness_has() -> None:
     from lm_eval.tasks._index import Kind
 
-    manager = lm_eval.tasks.TaskManager()
+    from hubdiff.lab.harness import task_manager
+
+    manager = task_manager(include_defaults=True)
 
     def leaves(name: str) -> Iterator[dict[str, Any]]:
         entry = manager.task_index[name]

@@ -11,7 +11,7 @@ import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from functools import partialmethod
+from functools import cache, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,8 @@ class Tasks:
             raise HubdiffError(
                 f"there is no file {gone[0]}", next_step="Check the path of the task."
             )
-        # The harness's own tasks are thousands of files, which take seconds to list.
         only_files = all(_is_file(one.task) and not _is_group(one.task) for one in wanted)
-        self._manager = TaskManager(include_defaults=not only_files)
+        self._manager = task_manager(include_defaults=not only_files)
         self.loaded = [self._load(one) for one in wanted]
         names = [name for tasks in self.loaded for name in tasks]
         twice = next((name for name in names if names.count(name) > 1), None)
@@ -164,6 +163,13 @@ class Tasks:
             _score(wanted, tasks, found)
             for wanted, tasks in zip(self.wanted, self.loaded, strict=True)
         )
+
+
+@cache
+def task_manager(*, include_defaults: bool) -> TaskManager:
+    """The harness's own tasks are thousands of files, which take seconds to list: once a process.
+    What it knows of them does not change; each task is read again when it is loaded."""
+    return TaskManager(include_defaults=include_defaults)
 
 
 @contextlib.contextmanager
