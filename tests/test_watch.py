@@ -138,6 +138,22 @@ def test_models_of_an_author_are_found_by_their_names(world):
     world.api.delete_repo("org/other-2")
 
 
+def test_models_of_a_collection_are_found(world):
+    collection = world.api.create_collection("Bases", namespace="org")
+    discover(world, collection=collection.slug)
+    world.adopt()
+    world.new_base("base-2")
+    for repo in ("org/base-1", "org/base-2"):
+        world.api.add_collection_item(collection.slug, repo, "model")
+    assert bases(world.watch()) == [("org/base-2", "recycle")]
+
+
+def test_a_collection_that_is_gone_is_said_in_words(world):
+    discover(world, collection="org/gone-0123456789abcdef01234567")
+    with pytest.raises(HubdiffError, match="org/gone-0123456789abcdef01234567"):
+        world.watch()
+
+
 def test_a_new_version_in_a_card_is_followed(world):
     discover(world, new_version=True)
     world.adopt()
