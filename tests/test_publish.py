@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from backport_world import World, worlds
+from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file
 
 import hubdiff
@@ -155,13 +156,31 @@ def test_killed_in_the_middle_of_a_merged_model_the_rerun_completes_it(world, mo
     assert ready.publish().commit == done.commit
 
 
+@pytest.mark.parametrize("kind", ["delta", "merged"])
+@pytest.mark.parametrize("mode", ["pr", "branch"])
+def test_what_people_added_to_it_stays(world, kind, mode):
+    ready = Ready(world, **{"as": kind}, mode=mode)
+    ready.run()
+    first = ready.publish()
+    where = "refs/pr/1" if mode == "pr" else f"hubdiff/{ready.id}"
+    world.api.create_commit(
+        world.results,
+        [CommitOperationAdd("notes.md", b"mine")],
+        commit_message="notes",
+        revision=where,
+    )
+    again = ready.publish()
+    assert (again.reused, again.commit) == (True, first.commit)
+    assert "notes.md" in world.api.list_repo_files(world.results, revision=where)
+    card = Path(world.api.hf_hub_download(world.results, "README.md", revision=where)).read_text()
+    assert card.count("## How it was ported") == 1
+
+
 def test_a_pull_request_of_somebody_else_is_not_ours(world):
     """Anybody may open one with our title: with other content it counts for nothing."""
     ready = Ready(world)
     ready.run()
     stranger = world.hub.token("other")
-    from huggingface_hub import CommitOperationAdd, HfApi
-
     HfApi(endpoint=world.hub.url, token=stranger).create_commit(
         world.results,
         [CommitOperationAdd("hubdiff.json", b"{}")],

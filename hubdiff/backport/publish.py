@@ -111,21 +111,30 @@ class _Publish:
     def _earlier(self, mode: str, dry_run: bool) -> Published | None:
         """What an earlier run left, whichever way it went; a merged model that it was killed beside
         is completed."""
-        from hubdiff.hub import last_message, pointers, pull_requests
+        from hubdiff.hub import pointers, pull_requests
 
         branch = self._item.branch
         if branch in pointers(self._to).branches:
-            commit, message = last_message(self._to, branch)
-            if f"{TRAILER}: {self._item.key}" in message:
+            commit = self._complete(branch)
+            if commit is not None:
                 return self._published(BRANCH, commit=commit, reused=True)
         if mode == PR:
             for one in pull_requests(self._to):
                 if one.title.endswith(self._mark) and self._is_ours(one):
-                    commit, message = last_message(self._to, one.ref)
-                    if TRAILER not in message and not dry_run:
+                    commit = self._complete(one.ref)
+                    if commit is None and not dry_run:
                         commit = self._add_numbers(one.ref)
                     return self._published(PR, commit=commit, pr_url=one.url, reused=True)
         return None
+
+    def _complete(self, revision: str) -> str | None:
+        """The commit there that carries the key; people may have added others since."""
+        from hubdiff.hub import messages
+
+        found = messages(self._to, revision)
+        return next(
+            (c for c, said in found.items() if f"{TRAILER}: {self._item.key}" in said), None
+        )
 
     def _is_ours(self, one: PullRequest) -> bool:
         from hubdiff.hub import who

@@ -39,11 +39,12 @@ def pull_requests(repo: str) -> list[PullRequest]:
     return [PullRequest(one.num, one.title, one.author, one.status, one.url) for one in found]
 
 
-def last_message(repo: str, revision: str) -> tuple[str, str]:
-    """The latest commit of ``revision`` and its whole message. Raises ``HubError``."""
+def messages(repo: str, revision: str) -> dict[str, str]:
+    """The commits of ``revision``, the newest first, with their whole messages. Raises
+    ``HubError``."""
     with translated(subject(repo, revision)):
-        commit = retrying(lambda: api().list_repo_commits(repo, revision=revision))[0]
-    return commit.commit_id, f"{commit.title}\n\n{commit.message}"
+        found = retrying(lambda: list(api().list_repo_commits(repo, revision=revision)))
+    return {commit.commit_id: f"{commit.title}\n\n{commit.message}" for commit in found}
 
 
 def who() -> str | None:
