@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hubdiff.errors import HubError, HubUnavailable
 from hubdiff.hub.client import api, subject
 from hubdiff.hub.retry import retrying
 from hubdiff.hub.translate import translated
+
+TRUSTED_PUBLISHER = "[OIDC]"
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,13 @@ def messages(repo: str, revision: str) -> dict[str, str]:
     return {commit.commit_id: f"{commit.title}\n\n{commit.message}" for commit in found}
 
 
-def who() -> str | None:
-    """The user that the token belongs to; None where the Hub does not say, as for the tokens of
-    trusted publishers."""
-    from hubdiff.errors import HubError
-
+def who() -> str:
+    """Whom the Hub will name as the author. The tokens of trusted publishers are of no user, and
+    what comes with them is ``[OIDC]``'s, which can be no user's name. Raises ``HubUnavailable``."""
     try:
         with translated(subject("")):
             return str(retrying(lambda: api().whoami())["name"])
+    except HubUnavailable:
+        raise
     except (HubError, KeyError):
-        return None
+        return TRUSTED_PUBLISHER
