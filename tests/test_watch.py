@@ -215,14 +215,17 @@ def test_what_failed_is_tried_again_later_and_not_for_ever(world, monkeypatch):
     for attempt, hours in ((1, 6), (2, 12)):
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
         key = found.items[0].key
-        world.note(found, (key, FAILED), attempts=attempt, at=at)
+        settings = found.items[0].settings
+        world.note(found, (key, FAILED), attempts=attempt, at=at, settings=settings)
         monkeypatch.setattr(watching.time, "time", lambda: now + hours * 3600 - 60)  # noqa: B023
         assert world.watch().items == ()
         monkeypatch.setattr(watching.time, "time", lambda: now + hours * 3600 + 60)  # noqa: B023
         assert [item.attempt for item in world.watch().items] == [attempt + 1]
-    world.note(found, (key, FAILED), attempts=3, at=at)
+    world.note(found, (key, FAILED), attempts=3, at=at, settings=settings)
     monkeypatch.setattr(watching.time, "time", lambda: now + 1e9)
     assert world.watch().items == ()
+    world.write_config(["org/base-1", "org/base-2"], gate={"min": 0.1})  # mended, perhaps
+    assert [item.attempt for item in world.watch().items] == [1]
 
 
 def test_what_was_rejected_is_looked_at_again_when_the_rules_change(world):

@@ -286,7 +286,6 @@ class _Poll:
         status = self._status(f"{family.name}/{delta.name}", base, entry, settings, known)
         if status not in (None, ADOPTED) or any(item.key == key for item, _, _ in self._items):
             return
-        again = entry is not None and entry["status"] == FAILED
         item = Item(
             key,
             family.name,
@@ -301,7 +300,7 @@ class _Poll:
             delta.publish,
             settings,
             self.config.limits.disk_gb,
-            int(entry.get("attempts", 0)) + 1 if entry is not None and again else 1,
+            _attempt(entry, settings),
         )
         self._items.append((item, status, chosen))
 
@@ -314,9 +313,9 @@ class _Poll:
         status = str(entry["status"])
         if status in (ADOPTED, DONE):
             return status
-        if status == FAILED:
-            return None if self._try_again(entry) else FAILED
-        return None if entry.get("settings") != settings else status
+        if entry.get("settings") != settings:
+            return None
+        return None if status == FAILED and self._try_again(entry) else status
 
     def _carried(self, delta: str, base: Base) -> bool:
         """Whether an earlier version of the delta was brought to this base: the new one follows."""
@@ -332,6 +331,13 @@ class _Poll:
         if attempts >= self.config.limits.attempts:
             return False
         return time.time() >= _seconds(str(entry.get("at"))) + _FIRST_WAIT * 2 ** (attempts - 1)
+
+
+def _attempt(entry: Mapping[str, Any] | None, settings: str) -> int:
+    """Counted while the settings stay as they are."""
+    if entry is None or entry["status"] != FAILED or entry.get("settings") != settings:
+        return 1
+    return int(entry.get("attempts") or 0) + 1
 
 
 def _seconds(at: str) -> float:
