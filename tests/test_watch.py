@@ -138,6 +138,20 @@ def test_models_of_an_author_are_found_by_their_names(world):
     world.api.delete_repo("org/other-2")
 
 
+def test_models_of_a_collection_are_put_in_the_order_they_were_made(world):
+    """Not that of the collection: with the newest on top it would count as older than all."""
+    time.sleep(1.1)  # the Hub tells when a repo was made to the second
+    world.new_base("base-2")
+    slug = world.api.create_collection("versions", namespace="org").slug
+    for repo in ("org/base-2", "org/base-1"):
+        world.api.add_collection_item(slug, repo, "model")
+    discover(world, collection=slug)
+    document = yaml.safe_load(world.config.read_text())
+    del document["families"]["toy"]["bases"]
+    world.config.write_text(yaml.safe_dump(document))
+    assert [item.base.partition("@")[0] for item in world.watch().adopt] == ["org/base-2"]
+
+
 def test_a_new_version_in_a_card_is_followed(world):
     discover(world, new_version=True)
     world.adopt()

@@ -170,9 +170,13 @@ class _Poll:
             ref = ModelRef.parse(f"hf://{text}")
             assert ref.repo is not None
             self._add(found, ref.repo, ref.revision)
+        by_hand = {base.repo for base in found.values()}
+        more: dict[str, Base] = {}
         for repo in self._discovered(family):
-            if repo not in {base.repo for base in found.values()}:
-                self._add(found, repo, None)
+            if repo not in by_hand:
+                self._add(more, repo, None)
+        # Whoever keeps a collection may put the newest on top.
+        found.update(sorted(more.items(), key=lambda one: self._see(one[1].repo, None).created))
         if family.discover.new_version:
             for base in list(found.values()):
                 self._follow(found, base)
