@@ -15,12 +15,13 @@ from backport_world import World, upload, worlds
 from huggingface_hub import CommitOperationAdd
 
 import hubdiff
+from hubdiff import hub
 from hubdiff.backport import watch as watching
 from hubdiff.backport.lock import FAILED, REJECTED
 from hubdiff.backport.watch import watch
 from hubdiff.cli import run as cli
 from hubdiff.devhub import DevHub
-from hubdiff.errors import HubdiffError
+from hubdiff.errors import HubdiffError, HubUnavailable
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +194,37 @@ def test_a_base_that_can_not_be_read_is_skipped_and_the_others_are_not(world):
     assert bases(found) == [("org/base-2", "recycle")]
     assert "there is no repo org/base-gone" in found.skipped["org/base-gone"]
     assert found.skipped["org/base-empty"] == "holds no safetensors weights"
+
+
+def test_a_place_of_discovery_that_is_gone_stops_nothing_else(world):
+    world.write_config(["org/base-1"])
+    world.adopt()
+    world.new_base("base-2")
+    discover(world, collection="org/gone-0123")
+    document = yaml.safe_load(world.config.read_text())
+    document["families"]["toy"]["bases"].append("org/base-2")
+    world.config.write_text(yaml.safe_dump(document))
+    found = world.watch()
+    assert bases(found) == [("org/base-2", "recycle")]
+    assert "not found" in found.skipped["org/gone-0123"]
+
+
+def test_nothing_is_adopted_while_a_base_does_not_answer(world, monkeypatch):
+    """Or it would be new, and ported, as soon as it does."""
+    world.new_base("base-2")
+    world.write_config(["org/base-1", "org/base-2"])
+    real = hub.see
+
+    def see(repo: str, revision: str | None = None) -> hub.Seen:
+        if repo == "org/base-2":
+            raise HubUnavailable("503")
+        return real(repo, revision)
+
+    with monkeypatch.context() as down:
+        down.setattr(hub, "see", see)
+        assert world.adopt().deltas == {}
+    assert len(world.adopt().adopt) == 1
+    assert world.watch().items == ()
 
 
 def test_only_and_base_narrow_and_choose_nothing_else(world):

@@ -24,7 +24,7 @@ from hubdiff.backport.items import (
     weights_digest,
 )
 from hubdiff.backport.lock import ADOPTED, DONE, FAILED, LOCK, Lock, read_lock
-from hubdiff.errors import HubdiffError, HubError, RefError
+from hubdiff.errors import HubdiffError, HubError, HubUnavailable, RefError
 from hubdiff.files import open_tree
 from hubdiff.manifest import read_manifest
 from hubdiff.progress import Progress, Silent
@@ -95,7 +95,8 @@ def watch(
         adopted: plan also what was adopted, and what would be.
 
     The first time a delta is seen, every base there is is adopted: recorded, and left alone. A base
-    that can't be read is skipped, with the reason. Needs ``pip install "hubdiff[backport]"``.
+    or a place of discovery that can't be read is skipped, with the reason; deltas that are new wait
+    where the Hub did not answer. Needs ``pip install "hubdiff[backport]"``.
     Raises ``HubdiffError``.
     """
     read = read_config(config)
@@ -124,17 +125,24 @@ class _Poll:
     _deltas: dict[str, dict[str, str]] = field(default_factory=dict)
     _skipped: dict[str, str] = field(default_factory=dict)
     _items: list[tuple[Item, str | None, bool]] = field(default_factory=list)
+    # Of the family in hand a base may be there that did not answer: a delta that is adopted now
+    # would take it for a new one later.
+    _unseen: bool = False
 
     def family(self, family: Family, deltas: list[DeltaPolicy], repos: Collection[str]) -> None:
+        self._unseen = False
         bases = list(self._family_bases(family))
         for delta in deltas:
+            known = delta.source in self.lock.deltas
+            if self._unseen and not known:
+                self.progress.note(f"{family.name}/{delta.name} is new: it waits for all bases")
+                continue
             try:
                 own = self._own_base(delta.source)
             except HubError as error:
                 raise HubdiffError(
                     f"{family.name}/{delta.name}: {error}", next_step=error.next_step
                 ) from error
-            known = delta.source in self.lock.deltas
             for base, direction in _directed(bases, own):
                 if delta.policy in (direction, "both"):
                     chosen = not repos or base.repo in repos
@@ -187,7 +195,7 @@ class _Poll:
         try:
             base = self._base(name, repo, revision)
         except (HubError, RefError) as error:
-            self._skip(repo, str(error))
+            self._missed(repo, error)
             return None
         if base is not None:
             found[base.pin] = base
@@ -215,6 +223,10 @@ class _Poll:
             self._seen[repo, revision] = see(repo, revision)
         return self._seen[repo, revision]
 
+    def _missed(self, repo: str, error: HubdiffError) -> None:
+        self._unseen |= isinstance(error, HubUnavailable)
+        self._skip(repo, str(error))
+
     def _skip(self, repo: str, why: str) -> None:
         self._skipped[repo] = why
         self.progress.note(f"skipped {repo}: {why}")
@@ -235,7 +247,12 @@ class _Poll:
 
     def _list(self, name: tuple[str, str], ask: Any) -> list[str]:
         if name not in self._listed:
-            self._listed[name] = ask()
+            try:
+                self._listed[name] = ask()
+            except HubError as error:
+                self._unseen = True
+                self._skip(name[1], str(error))
+                return []
         return self._listed[name]
 
     def _follow(self, found: dict[str, Base], base: Base) -> None:
@@ -247,7 +264,7 @@ class _Poll:
                 newer = self._see(repo, None).new_version
                 ref = ModelRef.parse(f"hf://{newer}") if newer else None
             except (HubError, RefError) as error:
-                self._skip(repo, str(error))
+                self._missed(repo, error)
                 return
             if ref is None or ref.repo is None or ref.repo in {b.repo for b in found.values()}:
                 return
