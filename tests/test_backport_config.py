@@ -74,6 +74,9 @@ def test_a_whole_config_is_read(tmp_path):
         ("author: Qwen, ", "", r":4: .*discover is not complete: 'author'"),
         ("'Q-.*'", "'Q-('", r":4: .*discover\.match is wrong"),
         ("Qwen/Q-1.5]", "Qwen]", r":3: .*bases\.1 is wrong"),
+        ("Qwen/Q-1.5]", "../Q-1.5]", r":3: .*bases\.1 is '../Q-1.5'"),
+        ("to: me/x", "to: me/x--y", r":12: .*publish\.to is 'me/x--y'"),
+        ("tuned: me/t", "tuned: -me/t", r":11: .*gate\.tuned is '-me/t'"),
         ("qwen:", "'q w':", r"'q w'"),
         ("items: 2", "items: 0", r":13: limits\.items is wrong"),
         ("families:", "familys:", r":1: familys is not a key"),
@@ -83,6 +86,7 @@ def test_a_whole_config_is_read(tmp_path):
         (GOOD, "a: [b", r"is not YAML"),
         (GOOD, "", r":1: the document is wrong"),
         (GOOD, "a: &a [*a]", r"is not a key|is wrong|not YAML|twice"),
+        (GOOD, "families: &a {q: *a}", r"not YAML"),
     ],
 )
 def test_an_error_names_line_and_key(tmp_path, old, new, said):

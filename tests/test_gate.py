@@ -71,6 +71,21 @@ def result(verdict: str = "go", tuned: Any = None, **sides: Any) -> dict[str, An
             result(result=score(0.6), base=score(0.2), tuned=score(0.2)),
             "recovery on t is unknown",
         ),
+        (
+            {"recovery": 0.5, "tuned": "a/b"},
+            result(result=score(0.1), base=score(0.8), tuned=score(0.6)),
+            "recovery on t is unknown",
+        ),
+        (
+            {"recovery": 0.5, "tuned": "a/b"},
+            result(result=score(9, False), base=score(2, False), tuned=score(4, False)),
+            "recovery on t is unknown",
+        ),
+        (
+            {"recovery": 0.5, "tuned": "a/b"},
+            result(result=score(2, False), base=score(4, False), tuned=score(1, False)),
+            None,
+        ),
         ({"min": 0.5}, result(base=score(0.5)), "there is no score of t"),
         ({"min": 0.5}, result(result=score(math.nan)), "there is no score of t"),
         ({"min": 0.5}, result(result=score("0.9")), "there is no score of t"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from backport_world import World, worlds
+from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file
 
 import hubdiff
@@ -24,6 +25,7 @@ from hubdiff.backport.run import run
 from hubdiff.cli import run as cli
 from hubdiff.devhub import DevHub
 from hubdiff.errors import HubdiffError
+from tests.github_fake import GitHubFake
 
 
 @pytest.fixture(scope="module")
@@ -155,16 +157,39 @@ def test_killed_in_the_middle_of_a_merged_model_the_rerun_completes_it(world, mo
     assert ready.publish().commit == done.commit
 
 
-def test_a_pull_request_of_somebody_else_is_not_ours(world):
-    """Anybody may open one with our title: with other content it counts for nothing."""
-    ready = Ready(world)
+@pytest.mark.parametrize("kind", ["delta", "merged"])
+@pytest.mark.parametrize("mode", ["pr", "branch"])
+def test_what_people_added_to_it_stays(world, kind, mode):
+    ready = Ready(world, **{"as": kind}, mode=mode)
     ready.run()
-    stranger = world.hub.token("other")
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    HfApi(endpoint=world.hub.url, token=stranger).create_commit(
+    first = ready.publish()
+    where = "refs/pr/1" if mode == "pr" else f"hubdiff/{ready.id}"
+    world.api.create_commit(
         world.results,
-        [CommitOperationAdd("hubdiff.json", b"{}")],
+        [CommitOperationAdd("notes.md", b"mine")],
+        commit_message="notes",
+        revision=where,
+    )
+    again = ready.publish()
+    assert (again.reused, again.commit) == (True, first.commit)
+    assert "notes.md" in world.api.list_repo_files(world.results, revision=where)
+    card = Path(world.api.hf_hub_download(world.results, "README.md", revision=where)).read_text()
+    assert card.count("## How it was ported") == 1
+
+
+@pytest.mark.parametrize("kind", ["delta", "merged"])
+def test_a_pull_request_of_somebody_else_is_not_ours(world, kind):
+    """Anybody may open one with our title, and make the same delta: what else is in it counts."""
+    ready = Ready(world, **{"as": kind})
+    ready.run()
+    delta = ready.results / ready.id / "delta"
+    files = [path for path in delta.rglob("*") if path.is_file() and path.name != "README.md"]
+    HfApi(endpoint=world.hub.url, token=world.hub.token("other")).create_commit(
+        world.results,
+        [
+            *(CommitOperationAdd(str(path.relative_to(delta)), path) for path in files),
+            CommitOperationAdd("README.md", b"# something else"),
+        ],
         commit_message=f"sort on org/base-2 [hubdiff {ready.id}]",
         create_pr=True,
     )
@@ -172,6 +197,36 @@ def test_a_pull_request_of_somebody_else_is_not_ours(world):
     assert not done.reused
     assert done.pr_url
     assert done.pr_url.endswith("/2")
+
+
+def test_made_again_with_other_bytes_it_is_still_the_same_item(world):
+    """As by another version of hubdiff, whose number stands in the manifest."""
+    ready = Ready(world)
+    ready.run()
+    first = ready.publish()
+    manifest = ready.results / ready.id / "delta" / "hubdiff.json"
+    document = json.loads(manifest.read_bytes())
+    manifest.write_text(json.dumps({**document, "hubdiff_version": "9"}))
+    again = ready.publish()
+    assert (again.reused, again.commit) == (True, first.commit)
+    assert len(ready.pulls()) == 1
+
+
+@pytest.mark.parametrize("kind", ["delta", "merged"])
+def test_a_trusted_publisher_finds_what_one_published(world, monkeypatch, kind):
+    """Its token is of no user, so nobody can be asked for whose the pull request is."""
+    ready = Ready(world, **{"as": kind})
+    ready.run()
+    world.hub.trust(world.results, repository="me/models", pull_requests=True)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setenv("HF_OIDC_RESOURCE", world.results)
+    words = ["backport", "publish", str(ready.plan), str(ready.results), "--item", ready.id]
+    with GitHubFake() as github:
+        for name, value in github.environment(repository="me/models").items():
+            monkeypatch.setenv(name, value)
+        first, again = world.command(*words), world.command(*words)
+    assert (again["reused"], again["commit"]) == (True, first["commit"])
+    assert [one.author for one in ready.pulls()] == ["[OIDC]"]
 
 
 def test_the_repo_must_exist(world):

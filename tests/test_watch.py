@@ -15,12 +15,13 @@ from backport_world import World, upload, worlds
 from huggingface_hub import CommitOperationAdd
 
 import hubdiff
+from hubdiff import hub
 from hubdiff.backport import watch as watching
 from hubdiff.backport.lock import FAILED, REJECTED
 from hubdiff.backport.watch import watch
 from hubdiff.cli import run as cli
 from hubdiff.devhub import DevHub
-from hubdiff.errors import HubdiffError
+from hubdiff.errors import HubdiffError, HubUnavailable
 
 
 @pytest.fixture(scope="module")
@@ -148,10 +149,18 @@ def test_models_of_a_collection_are_found(world):
     assert bases(world.watch()) == [("org/base-2", "recycle")]
 
 
-def test_a_collection_that_is_gone_is_said_in_words(world):
-    discover(world, collection="org/gone-0123456789abcdef01234567")
-    with pytest.raises(HubdiffError, match="org/gone-0123456789abcdef01234567"):
-        world.watch()
+def test_models_of_a_collection_are_put_in_the_order_they_were_made(world):
+    """Not that of the collection: with the newest on top it would count as older than all."""
+    time.sleep(1.1)  # the Hub tells when a repo was made to the second
+    world.new_base("base-2")
+    slug = world.api.create_collection("versions", namespace="org").slug
+    for repo in ("org/base-2", "org/base-1"):
+        world.api.add_collection_item(slug, repo, "model")
+    discover(world, collection=slug)
+    document = yaml.safe_load(world.config.read_text())
+    del document["families"]["toy"]["bases"]
+    world.config.write_text(yaml.safe_dump(document))
+    assert [item.base.partition("@")[0] for item in world.watch().adopt] == ["org/base-2"]
 
 
 def test_a_new_version_in_a_card_is_followed(world):
@@ -197,6 +206,37 @@ def test_a_base_that_can_not_be_read_is_skipped_and_the_others_are_not(world):
     assert found.skipped["org/base-empty"] == "holds no safetensors weights"
 
 
+def test_a_place_of_discovery_that_is_gone_stops_nothing_else(world):
+    world.write_config(["org/base-1"])
+    world.adopt()
+    world.new_base("base-2")
+    discover(world, collection="org/gone-0123")
+    document = yaml.safe_load(world.config.read_text())
+    document["families"]["toy"]["bases"].append("org/base-2")
+    world.config.write_text(yaml.safe_dump(document))
+    found = world.watch()
+    assert bases(found) == [("org/base-2", "recycle")]
+    assert "not found" in found.skipped["org/gone-0123"]
+
+
+def test_nothing_is_adopted_while_a_base_does_not_answer(world, monkeypatch):
+    """Or it would be new, and ported, as soon as it does."""
+    world.new_base("base-2")
+    world.write_config(["org/base-1", "org/base-2"])
+    real = hub.see
+
+    def see(repo: str, revision: str | None = None) -> hub.Seen:
+        if repo == "org/base-2":
+            raise HubUnavailable("503")
+        return real(repo, revision)
+
+    with monkeypatch.context() as down:
+        down.setattr(hub, "see", see)
+        assert world.adopt().deltas == {}
+    assert len(world.adopt().adopt) == 1
+    assert world.watch().items == ()
+
+
 def test_only_and_base_narrow_and_choose_nothing_else(world):
     world.write_config(["org/base-1"])
     world.adopt()
@@ -231,14 +271,17 @@ def test_what_failed_is_tried_again_later_and_not_for_ever(world, monkeypatch):
     for attempt, hours in ((1, 6), (2, 12)):
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
         key = found.items[0].key
-        world.note(found, (key, FAILED), attempts=attempt, at=at)
+        settings = found.items[0].settings
+        world.note(found, (key, FAILED), attempts=attempt, at=at, settings=settings)
         monkeypatch.setattr(watching.time, "time", lambda: now + hours * 3600 - 60)  # noqa: B023
         assert world.watch().items == ()
         monkeypatch.setattr(watching.time, "time", lambda: now + hours * 3600 + 60)  # noqa: B023
         assert [item.attempt for item in world.watch().items] == [attempt + 1]
-    world.note(found, (key, FAILED), attempts=3, at=at)
+    world.note(found, (key, FAILED), attempts=3, at=at, settings=settings)
     monkeypatch.setattr(watching.time, "time", lambda: now + 1e9)
     assert world.watch().items == ()
+    world.write_config(["org/base-1", "org/base-2"], gate={"min": 0.1})  # mended, perhaps
+    assert [item.attempt for item in world.watch().items] == [1]
 
 
 def test_what_was_rejected_is_looked_at_again_when_the_rules_change(world):

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hubdiff.card import template
-from hubdiff.errors import HubdiffError
+from hubdiff.errors import HubdiffError, RefError
+from hubdiff.refs import ModelRef
 
 CONFIG, SCHEMA = "hubdiff.yaml", "hubdiff.schema.json"
 _NEXT = "The README's chapter on keeping a fine-tune on the newest base has one to start from."
@@ -150,9 +151,9 @@ class _Lines:
         try:
             self._root = yaml.compose(text, Loader=yaml.SafeLoader)
             self.document: Any = yaml.safe_load(text)
+            self._refuse_doubles(self._root, [])
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise HubdiffError(f"{file} is not YAML: {error}", next_step=_NEXT) from error
-        self._refuse_doubles(self._root, [])
 
     def error(self, path: Sequence[str | int], what: str) -> HubdiffError:
         where = ".".join(map(str, path)) or "the document"
@@ -266,6 +267,8 @@ def _contradictions(config: Config) -> Iterator[tuple[list[str | int], str]]:
     sources: dict[str, str] = {}
     for family in config.families:
         here: list[str | int] = ["families", family.name]
+        for number, base in enumerate(family.bases):
+            yield from _no_ref(base, [*here, "bases", number])
         for delta in family.deltas:
             there = [*here, "deltas", delta.name]
             if delta.source in sources:
@@ -274,10 +277,20 @@ def _contradictions(config: Config) -> Iterator[tuple[list[str | int], str]]:
             yield from _delta_contradictions(delta, there)
 
 
+def _no_ref(ref: str | None, path: list[str | int]) -> Iterator[tuple[list[str | int], str]]:
+    try:
+        ModelRef.parse(f"hf://{ref or 'a/b'}")
+    except RefError:
+        yield path, f"is {ref!r}, which the Hub takes for no name"
+
+
 def _delta_contradictions(
     delta: DeltaPolicy, there: list[str | int]
 ) -> Iterator[tuple[list[str | int], str]]:
     tasks, gate = delta.evaluation.tasks, delta.gate
+    yield from _no_ref(delta.source, [*there, "source"])
+    yield from _no_ref(gate.tuned, [*there, "gate", "tuned"])
+    yield from _no_ref(delta.publish.to, [*there, "publish", "to"])
     if not tasks and len(delta.scales) > 1:
         yield [*there, "scales"], "has several scales, and no eval that could choose one"
     numbers = (gate.min, gate.max_drop, gate.recovery)

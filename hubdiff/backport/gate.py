@@ -46,7 +46,7 @@ def gate(item: Item, result: Mapping[str, Any]) -> Gated:
     better = _better(sides.get("result"), task)
     drop = None if value is None or base is None else better * (base - value)
     numbers = {"value": value, "base": base, "drop": drop}
-    numbers["recovery"] = _recovery(value, base, tuned)
+    numbers["recovery"] = _recovery(value, base, tuned, better)
     reasons = tuple(_reasons(item, result, sides, numbers))
     return Gated(not reasons, reasons, numbers)
 
@@ -123,7 +123,10 @@ def _better(side: Any, task: str | None) -> int:
     return -1 if entry(side, task).get("higher_is_better") is False else 1
 
 
-def _recovery(value: float | None, base: float | None, tuned: float | None) -> float | None:
-    if value is None or base is None or tuned is None or tuned == base:
+def _recovery(
+    value: float | None, base: float | None, tuned: float | None, better: int
+) -> float | None:
+    """Of what tuning gained; None where it gained nothing: to lose more would count as more."""
+    if value is None or base is None or tuned is None or better * (tuned - base) <= 0:
         return None
     return (value - base) / (tuned - base)

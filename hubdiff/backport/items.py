@@ -68,7 +68,7 @@ def weights_digest(files: Mapping[str, str]) -> str | None:
 
 
 def settings_digest(delta: DeltaPolicy) -> str:
-    """Of what decides about an item: when it changes, what was rejected is looked at again."""
+    """Of what decides about an item: when it changes, what was rejected or failed begins anew."""
     parts = [delta.scales, asdict(delta.evaluation), asdict(delta.gate), asdict(delta.publish)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -240,7 +240,8 @@ class _View:
 
 _ADVICE = {
     FAILED: "**Failed.** It is tried again by itself a few times. Where it fails always alike, the "
-    "log of the run says more; a larger `runner` helps where disk or memory ran out.",
+    "log of the run says more; a larger `runner` helps where disk or memory ran out. After that it "
+    "is tried again where `limits.attempts` is raised, or its settings in hubdiff.yaml are others.",
     REJECTED: "**Rejected.** It is left alone until its scales, tasks or gate in hubdiff.yaml are "
     "others.",
 }

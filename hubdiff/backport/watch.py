@@ -24,7 +24,7 @@ from hubdiff.backport.items import (
     weights_digest,
 )
 from hubdiff.backport.lock import ADOPTED, DONE, FAILED, LOCK, Lock, read_lock, seconds_of
-from hubdiff.errors import HubdiffError, HubError, RefError
+from hubdiff.errors import HubdiffError, HubError, HubUnavailable, RefError
 from hubdiff.files import open_tree
 from hubdiff.manifest import read_manifest
 from hubdiff.progress import Progress, Silent
@@ -97,7 +97,8 @@ def watch(
         adopted: plan also what was adopted, and what would be.
 
     The first time a delta is seen, every base there is is adopted: recorded, and left alone. A base
-    that can't be read is skipped, with the reason. Needs ``pip install "hubdiff[backport]"``.
+    or a place of discovery that can't be read is skipped, with the reason; deltas that are new wait
+    where the Hub did not answer. Needs ``pip install "hubdiff[backport]"``.
     Raises ``HubdiffError``.
     """
     read = read_config(config)
@@ -126,17 +127,24 @@ class _Poll:
     _deltas: dict[str, dict[str, str]] = field(default_factory=dict)
     _skipped: dict[str, str] = field(default_factory=dict)
     _items: list[tuple[Item, str | None, bool]] = field(default_factory=list)
+    # Of the family in hand a base may be there that did not answer: a delta that is adopted now
+    # would take it for a new one later.
+    _unseen: bool = False
 
     def family(self, family: Family, deltas: list[DeltaPolicy], repos: Collection[str]) -> None:
+        self._unseen = False
         bases = list(self._family_bases(family))
         for delta in deltas:
+            known = delta.source in self.lock.deltas
+            if self._unseen and not known:
+                self.progress.note(f"{family.name}/{delta.name} is new: it waits for all bases")
+                continue
             try:
                 own = self._own_base(delta.source)
             except HubError as error:
                 raise HubdiffError(
                     f"{family.name}/{delta.name}: {error}", next_step=error.next_step
                 ) from error
-            known = delta.source in self.lock.deltas
             for base, direction in _directed(bases, own):
                 if delta.policy in (direction, "both"):
                     chosen = not repos or base.repo in repos
@@ -174,9 +182,13 @@ class _Poll:
             ref = ModelRef.parse(f"hf://{text}")
             assert ref.repo is not None
             self._add(found, ref.repo, ref.revision)
+        by_hand = {base.repo for base in found.values()}
+        more: dict[str, Base] = {}
         for repo in self._discovered(family):
-            if repo not in {base.repo for base in found.values()}:
-                self._add(found, repo, None)
+            if repo not in by_hand:
+                self._add(more, repo, None)
+        # Whoever keeps a collection may put the newest on top.
+        found.update(sorted(more.items(), key=lambda one: self._see(one[1].repo, None).created))
         if family.discover.new_version:
             for base in list(found.values()):
                 self._follow(found, base)
@@ -187,7 +199,7 @@ class _Poll:
         try:
             base = self._base(name, repo, revision)
         except (HubError, RefError) as error:
-            self._skip(repo, str(error))
+            self._missed(repo, error)
             return None
         if base is not None:
             found[base.pin] = base
@@ -215,6 +227,10 @@ class _Poll:
             self._seen[repo, revision] = see(repo, revision)
         return self._seen[repo, revision]
 
+    def _missed(self, repo: str, error: HubdiffError) -> None:
+        self._unseen |= isinstance(error, HubUnavailable)
+        self._skip(repo, str(error))
+
     def _skip(self, repo: str, why: str) -> None:
         self._skipped[repo] = why
         self.progress.note(f"skipped {repo}: {why}")
@@ -235,7 +251,12 @@ class _Poll:
 
     def _list(self, name: tuple[str, str], ask: Any) -> list[str]:
         if name not in self._listed:
-            self._listed[name] = ask()
+            try:
+                self._listed[name] = ask()
+            except HubError as error:
+                self._unseen = True
+                self._skip(name[1], str(error))
+                return []
         return self._listed[name]
 
     def _follow(self, found: dict[str, Base], base: Base) -> None:
@@ -247,7 +268,7 @@ class _Poll:
                 newer = self._see(repo, None).new_version
                 ref = ModelRef.parse(f"hf://{newer}") if newer else None
             except (HubError, RefError) as error:
-                self._skip(repo, str(error))
+                self._missed(repo, error)
                 return
             if ref is None or ref.repo is None or ref.repo in {b.repo for b in found.values()}:
                 return
@@ -290,7 +311,6 @@ class _Poll:
         status = self._status(f"{family.name}/{delta.name}", base, entry, settings, known)
         if status not in (None, ADOPTED) or any(item.key == key for item, _, _ in self._items):
             return
-        again = entry is not None and entry["status"] == FAILED
         item = Item(
             key,
             family.name,
@@ -305,7 +325,7 @@ class _Poll:
             delta.publish,
             settings,
             self.config.limits.disk_gb,
-            int(entry.get("attempts", 0)) + 1 if entry is not None and again else 1,
+            _attempt(entry, settings),
         )
         self._items.append((item, status, chosen))
 
@@ -318,9 +338,9 @@ class _Poll:
         status = str(entry["status"])
         if status in (ADOPTED, DONE):
             return status
-        if status == FAILED:
-            return None if self._try_again(entry) else FAILED
-        return None if entry.get("settings") != settings else status
+        if entry.get("settings") != settings:
+            return None
+        return None if status == FAILED and self._try_again(entry) else status
 
     def _carried(self, delta: str, base: Base) -> bool:
         """Whether an earlier version of the delta was brought to this base: the new one follows."""
@@ -336,6 +356,13 @@ class _Poll:
         if attempts >= self.config.limits.attempts:
             return False
         return time.time() >= seconds_of(entry.get("at")) + _FIRST_WAIT * 2 ** (attempts - 1)
+
+
+def _attempt(entry: Mapping[str, Any] | None, settings: str) -> int:
+    """Counted while the settings stay as they are."""
+    if entry is None or entry["status"] != FAILED or entry.get("settings") != settings:
+        return 1
+    return int(entry.get("attempts") or 0) + 1
 
 
 def _directed(bases: list[Base], own: Mapping[str, str]) -> Iterator[tuple[Base, str]]:

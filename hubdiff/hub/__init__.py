@@ -14,13 +14,21 @@ from huggingface_hub.errors import StrictDataclassError as BadConfigValue
 from hubdiff.hub.client import endpoint, home, repo_facts, require_token
 from hubdiff.hub.datasets import benchmark_tasks
 from hubdiff.hub.pointers import Pointers, create_tag, delete_tag, pointers
-from hubdiff.hub.proposals import PullRequest, last_message, make_branch, pull_requests, who
+from hubdiff.hub.proposals import (
+    TRUSTED_PUBLISHER,
+    PullRequest,
+    make_branch,
+    messages,
+    pull_requests,
+    who,
+)
 from hubdiff.hub.search import Found, find_models
 from hubdiff.hub.tree import HubTree
 from hubdiff.hub.upload import Commit, HubUpload
 from hubdiff.hub.watched import Seen, models_in, models_of, see
 
 __all__ = [
+    "TRUSTED_PUBLISHER",
     "BadConfigValue",
     "Commit",
     "Found",
@@ -35,8 +43,8 @@ __all__ = [
     "endpoint",
     "find_models",
     "home",
-    "last_message",
     "make_branch",
+    "messages",
     "models_in",
     "models_of",
     "pointers",

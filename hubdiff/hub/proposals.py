@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hubdiff.errors import HubError, HubUnavailable
 from hubdiff.hub.client import api, subject
 from hubdiff.hub.retry import retrying
 from hubdiff.hub.translate import translated
+
+TRUSTED_PUBLISHER = "[OIDC]"
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,21 @@ def pull_requests(repo: str) -> list[PullRequest]:
     return [PullRequest(one.num, one.title, one.author, one.status, one.url) for one in found]
 
 
-def last_message(repo: str, revision: str) -> tuple[str, str]:
-    """The latest commit of ``revision`` and its whole message. Raises ``HubError``."""
+def messages(repo: str, revision: str) -> dict[str, str]:
+    """The commits of ``revision``, the newest first, with their whole messages. Raises
+    ``HubError``."""
     with translated(subject(repo, revision)):
-        commit = retrying(lambda: api().list_repo_commits(repo, revision=revision))[0]
-    return commit.commit_id, f"{commit.title}\n\n{commit.message}"
+        found = retrying(lambda: list(api().list_repo_commits(repo, revision=revision)))
+    return {commit.commit_id: f"{commit.title}\n\n{commit.message}" for commit in found}
 
 
-def who() -> str | None:
-    """The user that the token belongs to; None where the Hub does not say, as for the tokens of
-    trusted publishers."""
-    from hubdiff.errors import HubError
-
+def who() -> str:
+    """Whom the Hub will name as the author. The tokens of trusted publishers are of no user, and
+    what comes with them is ``[OIDC]``'s, which can be no user's name. Raises ``HubUnavailable``."""
     try:
         with translated(subject("")):
             return str(retrying(lambda: api().whoami())["name"])
+    except HubUnavailable:
+        raise
     except (HubError, KeyError):
-        return None
+        return TRUSTED_PUBLISHER
