@@ -63,11 +63,26 @@ def configure(repository: Repository, world: World, bases: list[str], **changes:
 @pytest.fixture
 def adopted(start: Start, world: World) -> Repository:
     """After the first run, with a new base that came since."""
-    repository = start(["org/base-1"])
-    assert repository.run().code == 0
+    return with_new_base(start(["org/base-1"]), world)
+
+
+def with_new_base(repository: Repository, world: World) -> Repository:
+    """``repository`` with the lock that the first run leaves, and a base that came since."""
+    world.adopt()
     world.new_base("base-2")
     configure(repository, world, ["org/base-1", "org/base-2"])
     return repository
+
+
+def trust(world: World, *, pull_requests: bool) -> None:
+    """The workflow of the repository is a trusted publisher of the results."""
+    world.hub.trust(
+        world.results,
+        repository=NAME,
+        branch="main",
+        workflow="hubdiff.yml",
+        pull_requests=pull_requests,
+    )
 
 
 def writes(world: World) -> list[str]:
@@ -112,7 +127,12 @@ def test_the_first_run_adopts_and_the_second_finds_nothing(start, world, github)
     assert writes(world) == []
 
 
-def test_a_new_base_becomes_a_pull_request_with_its_numbers(adopted, world, github):
+def test_a_new_base_becomes_a_pull_request_with_its_numbers(start, world, github):
+    """Without a secret anywhere: signed in as a trusted publisher."""
+    adopted = with_new_base(start(["org/base-1"], auth="oidc"), world)
+    adopted.secrets.clear()
+    trust(world, pull_requests=True)
+
     run = adopted.run("repository_dispatch", payload={"base": "org/base-2"})
 
     assert run.code == 0, run.output
@@ -275,38 +295,27 @@ def test_killed_between_publish_and_record_the_next_run_publishes_nothing_twice(
     assert adopted.lock()["items"][item["key"]]["status"] == "done"
 
 
-def test_a_trusted_publisher_needs_no_token(start, world, github):
-    repository = start(["org/base-1"], auth="oidc")
+def test_who_is_no_trusted_publisher_publishes_nothing(start, world):
+    repository = with_new_base(start(["org/base-1"], auth="oidc"), world)
     repository.secrets.clear()
-    assert repository.run().code == 0
-    world.new_base("base-2")
-    configure(repository, world, ["org/base-1", "org/base-2"])
 
     refused = repository.run()
+
     (item,) = refused.plan["items"]
     assert refused.failed() == {f"publish {item['id']}"}
     assert repository.lock()["items"][item["key"]]["status"] == "failed"
+    assert pull_requests(world) == []
 
 
-@pytest.mark.parametrize("allowed", [True, False])
-def test_where_it_may_a_trusted_publisher_opens_pull_requests(start, world, allowed):
-    repository = start(["org/base-1"], auth="oidc")
+def test_a_trusted_publisher_that_may_open_no_pull_requests_pushes_a_branch(start, world):
+    repository = with_new_base(start(["org/base-1"], auth="oidc"), world)
     repository.secrets.clear()
-    assert repository.run().code == 0
-    world.new_base("base-2")
-    configure(repository, world, ["org/base-1", "org/base-2"])
-    world.hub.trust(
-        world.results,
-        repository=NAME,
-        branch="main",
-        workflow="hubdiff.yml",
-        pull_requests=allowed,
-    )
+    trust(world, pull_requests=False)
 
     run = repository.run()
 
     assert run.code == 0, run.output
     (item,) = run.plan["items"]
     output = repository.lock()["items"][item["key"]]["output"]
-    assert (output["pr_url"] is not None) == allowed
-    assert (output["branch"] == f"hubdiff/{item['id']}") != allowed
+    assert output["pr_url"] is None
+    assert output["branch"] == f"hubdiff/{item['id']}"
