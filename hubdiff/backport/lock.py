@@ -55,6 +55,15 @@ class Lock:
             items={**self.items, **fresh},
         )
 
+    def without(self, other: Lock) -> Lock:
+        """What ``other`` does not have, or has otherwise."""
+        parts = ((self.bases, other.bases), (self.deltas, other.deltas), (self.items, other.items))
+        bases, deltas, items = (
+            {key: one for key, one in mine.items() if theirs.get(key) != one}
+            for mine, theirs in parts
+        )
+        return Lock(bases, deltas, items, self.checked_at)
+
 
 def read_lock(path: str | Path) -> Lock:
     """Empty where there is no file. Raises ``HubdiffError``."""
