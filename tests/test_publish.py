@@ -296,6 +296,19 @@ def test_the_gate_is_asked_again(world):
     assert ready.pulls() == []
 
 
+def test_a_result_of_another_item_is_not_published(world):
+    """Or it would be published, and then recorded as failed."""
+    ready = Ready(world)
+    ready.run()
+    file = ready.results / ready.id / "result.json"
+    document = json.loads(file.read_text())
+    document["item"]["key"] = "0" * 64
+    file.write_text(json.dumps(document))
+    for stage in (gate_item, publish_item):
+        with pytest.raises(HubdiffError, match="is of another item"):
+            stage(ready.plan, ready.results, item=ready.id)
+
+
 def test_a_delta_of_another_base_is_not_published(world):
     ready = Ready(world)
     ready.run()

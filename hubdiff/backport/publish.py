@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubdiff.backport.gate import gate
-from hubdiff.backport.items import Item, planned_item, read_document, write_document
-from hubdiff.backport.run import DELTA, DELTA_KIND, RESULT
+from hubdiff.backport.gate import gate, read_result
+from hubdiff.backport.items import Item, planned_item, write_document
+from hubdiff.backport.run import DELTA, DELTA_KIND
 from hubdiff.card import page
 from hubdiff.errors import AuthError, HubdiffError, RepoNotFound
 from hubdiff.files import open_tree, safe_path
@@ -64,7 +64,7 @@ def publish_item(
     anybody's. The repo must exist. Raises ``HubdiffError``."""
     found = planned_item(Path(plan), item)
     folder = Path(results) / found.id
-    result = read_document(folder / RESULT)
+    result = read_result(found, Path(results))
     said = gate(found, result)
     if not said.passed:
         raise HubdiffError(
