@@ -23,9 +23,9 @@ settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
 
-# Workers share the cores: OpenMP's threads, spinning while they wait for each other, took most of
-# the time of every training. Here and in what the tests start; torch reads it once.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch's threads wait for each other in a loop, which takes the core from the one waited for where
+# several processes share the cores. Read when torch is imported, here and by what tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # huggingface_hub reads these once, when it is imported: before anything else here.
 _HOME = tempfile.mkdtemp(prefix="hubdiff-tests-")

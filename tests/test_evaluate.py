@@ -552,30 +552,62 @@ def test_scores_go_into_a_folder_and_its_card(
     assert sum(hits) / 40 == made.scores[0].value
 
 
+# transformers reads where the Hub is once, at import: in a process that begins when there is one.
+COMMANDS = """\
+import contextlib, io, json, sys
+
+from hubdiff.cli import run
+
+for line in sys.stdin:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        code = run(json.loads(line))
+    if code:
+        sys.exit(code)
+    print(json.dumps(json.loads(said.getvalue())), flush=True)
+"""
+Evaluate = Callable[..., Any]
+
+
+@pytest.fixture
+def evaluated(devhub: DevHub) -> Iterator[Evaluate]:
+    """What ``hubdiff eval --json`` says of a model, in one process for all of a test's."""
+    with subprocess.Popen(
+        [sys.executable, "-c", COMMANDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        pipes = process.stdin, process.stdout
+        assert pipes[0] is not None
+        assert pipes[1] is not None
+
+        def evaluate(*words: str) -> Any:
+            pipes[0].write(json.dumps(["eval", *words, "--json"]) + "\n")
+            pipes[0].flush()
+            return json.loads(pipes[1].readline())
+
+        yield evaluate
+        pipes[0].close()
+    assert process.returncode == 0
+
+
 def test_scores_go_into_a_repo_s_card(
     devhub: DevHub,
     family: tuple[Path, Path, Path],
     tasks: list[str],
     put_repo: Callable[..., str],
+    evaluated: Evaluate,
 ) -> None:
     _, tuned, _ = family
     repo = put_repo({p.name: p.read_bytes() for p in tuned.iterdir() if p.is_file()})
-    words = ["eval", repo, "--tasks", tasks[0], "--limit", "9", "--card", repo, "--json"]
-
-    def evaluated(*more: str) -> Any:  # transformers reads where the Hub is once, at import
-        line = [sys.executable, "-m", "hubdiff", *words, *more]
-        return json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
-
-    assert "discussions" in evaluated("--create-pr")["card"]
-    assert _measured_on_hub(devhub, repo, Path(tasks[0]))
+    words = [repo, "--tasks", tasks[0], "--limit", "9", "--card", repo]
+    assert "discussions" in evaluated(*words, "--create-pr")["card"]
+    assert _measured_on_hub(devhub, evaluated, repo, Path(tasks[0]))
     assert "model-index" not in _card(devhub, repo)
-    made = evaluated()
+    made = evaluated(*words)
     assert made["model"].startswith(f"{repo}@")
     card = ModelCard(_card(devhub, repo))
     assert card.data.eval_results[0].metric_value == made["scores"][0]["value"]
 
 
-def _measured_on_hub(devhub: DevHub, model: str, task: Path) -> bool:
+def _measured_on_hub(devhub: DevHub, evaluated: Evaluate, model: str, task: Path) -> bool:
     """The same task with its data in a dataset repo: its commit is what the scores say."""
     api = HfApi(endpoint=devhub.url, token=devhub.token("demo"))
     api.create_repo("org/letters", repo_type="dataset")
@@ -589,8 +621,7 @@ def _measured_on_hub(devhub: DevHub, model: str, task: Path) -> bool:
     del config["dataset_kwargs"]
     file = task.with_name("from_hub.yaml")
     file.write_text(yaml.safe_dump(config))
-    line = [sys.executable, "-m", "hubdiff", "eval", model, "--tasks", str(file), "--json"]
-    found = json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
+    found = evaluated(model, "--tasks", str(file))
     return found["scores"][0]["dataset"] == {
         "name": "org/letters",
         "config": None,

@@ -529,14 +529,16 @@ def moments(
 
 def test_interrupted_run_resumes(runner: Runner, work: Work, tmp_path: Path) -> None:
     output, partial = tmp_path / "out", tmp_path / ".out.hubdiff-partial"
-    seconds = runner.run(work.delta, work.target, output).seconds
+    after = 0.5 * runner.run(work.delta, work.target, output).seconds
     resumed = 0
-    for number in range(20):
+    for _ in range(40):  # until the moment of the kill falls between two files, however busy it is
         shutil.rmtree(output)
-        runner.run(work.delta, work.target, output, seconds * (0.3 + 0.03 * (number % 20)))
+        runner.run(work.delta, work.target, output, after)
         finished = finished_files(partial)
         if output.exists():
+            after *= 0.8
             continue
+        after *= 1.0 if finished else 1.25
         assert runner.run(work.delta, work.target, output).status == 0
         assert work.is_whole(output)
         for path, identity in finished.items():

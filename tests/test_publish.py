@@ -443,6 +443,8 @@ def test_the_commands(world, capsys, monkeypatch):
     ready = Ready(world)
     where = ["plan.json", "results", "--item", ready.id]
     assert cli(["backport", "run", *where]) == 0
+    assert cli(["backport", "gate", *where, "--dry-run"]) == 0
+    assert not (ready.results / ready.id / "gate.json").exists()
     assert cli(["backport", "gate", *where]) == 0
     assert cli(["backport", "publish", *where, "--dry-run"]) == 0
     assert cli(["backport", "publish", *where]) == 0

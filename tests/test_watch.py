@@ -139,6 +139,16 @@ def test_models_of_an_author_are_found_by_their_names(world):
     world.api.delete_repo("org/other-2")
 
 
+def test_models_of_a_collection_are_found(world):
+    collection = world.api.create_collection("Bases", namespace="org")
+    discover(world, collection=collection.slug)
+    world.adopt()
+    world.new_base("base-2")
+    for repo in ("org/base-1", "org/base-2"):
+        world.api.add_collection_item(collection.slug, repo, "model")
+    assert bases(world.watch()) == [("org/base-2", "recycle")]
+
+
 def test_models_of_a_collection_are_put_in_the_order_they_were_made(world):
     """Not that of the collection: with the newest on top it would count as older than all."""
     time.sleep(1.1)  # the Hub tells when a repo was made to the second
@@ -375,6 +385,19 @@ def test_twenty_families_of_five_deltas_stay_under_two_calls_for_each_base(world
     assert len(calls(world)) == 6  # 6 repos are bases in 40 places
 
 
+def test_a_quiet_day_is_no_news_until_a_date_is_due(world):
+    world.write_config(["org/base-1"])
+    first = world.watch()
+    assert first.items == first.adopt == ()
+    assert first.news  # that it is watched at all
+    world.note(first)
+    for days, news in ((44, False), (46, True)):
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - days * 86_400))
+        lock = {**json.loads(world.lock.read_text()), "checked_at": at}
+        world.lock.write_text(json.dumps(lock))
+        assert world.watch().news == news
+
+
 # --- the command ---
 
 
@@ -393,7 +416,7 @@ def test_the_command_writes_plan_and_outputs(world, capsys, monkeypatch):
     assert "1 item to do" in capsys.readouterr().out
     plan = json.loads((world.root / "plan.json").read_text())
     item = plan["items"][0]["id"]
-    assert outputs.read_text() == f'count=1\nmatrix={{"id": ["{item}"]}}\n'
+    assert outputs.read_text() == f'count=1\nmatrix={{"id": ["{item}"]}}\nnews=true\n'
     assert re.fullmatch("[0-9a-f]{12}", item)
 
 

@@ -3,6 +3,7 @@ the linters that GitHub users have, and against what hubdiff promises of them.""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -268,6 +269,25 @@ def test_only_what_code_of_tasks_cannot_change_is_published():
         assert len(takes) == (name != "watch")
         for step in takes:
             assert step["with"]["digest"] == "${{ needs.watch.outputs.digest }}"
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_plan_that_was_replaced_is_noticed(tmp_path, replaced):
+    plan = tmp_path / "hubdiff" / "plan.json"
+    plan.parent.mkdir()
+    plan.write_text("{}\n")
+    digest = hashlib.sha256(b"{ }\n" if replaced else b"{}\n").hexdigest()
+    action = ROOT / ".github" / "actions" / "take" / "action.yml"
+    (script,) = (step["run"] for step in steps(action) if "DIGEST" in step.get("env", {}))
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", script],
+        env={**os.environ, "DIGEST": digest, "RUNNER_TEMP": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == int(replaced)
+    assert ("it was replaced" in done.stdout) == replaced
 
 
 def test_one_item_does_not_stop_another_and_all_is_told():

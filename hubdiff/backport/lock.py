@@ -6,7 +6,9 @@ a push is refused, ``merge`` does: it does not matter in which order or how ofte
 
 from __future__ import annotations
 
+import calendar
 import json
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +18,8 @@ from hubdiff.errors import HubdiffError
 
 LOCK, LOCK_VERSION = "hubdiff.lock", 1
 ADOPTED, DONE, REJECTED, FAILED = "adopted", "done", "rejected", "failed"
+# GitHub stops the schedules of a repository in which nothing happened for 60 days.
+KEEPALIVE_DAYS = 45
 # What says more wins where two runs disagree.
 _WEIGHT = {ADOPTED: 0, FAILED: 1, REJECTED: 2, DONE: 3}
 _BROKEN = (
@@ -63,6 +67,28 @@ class Lock:
             for mine, theirs in parts
         )
         return Lock(bases, deltas, items, self.checked_at)
+
+    def watches(self, plan: Mapping[str, Any]) -> bool:
+        """Whether all that a plan looked at is in here. Where a base stands now is no news by
+        itself; that it is watched at all is."""
+        return plan["bases"].keys() <= self.bases.keys() and (
+            plan["deltas"].keys() <= self.deltas.keys()
+        )
+
+    def is_stale(self, active: float | None = None) -> bool:
+        """Whether nothing was written for so long that a date has to be. ``active``: when something
+        happened in the repository, where the lock itself does not know."""
+        times = [seconds_of(entry.get("at")) for entry in self.items.values()]
+        last = max([*times, seconds_of(self.checked_at)], default=0.0) or active
+        return bool(last) and time.time() - float(last or 0) > KEEPALIVE_DAYS * 86_400
+
+
+def seconds_of(at: object) -> float:
+    """A time as the lock has it, in seconds; 0 where it has none."""
+    try:
+        return float(calendar.timegm(time.strptime(str(at), "%Y-%m-%dT%H:%M:%SZ")))
+    except ValueError:
+        return 0.0
 
 
 def read_lock(path: str | Path) -> Lock:

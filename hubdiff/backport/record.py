@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 TRIES = 5
 WAIT_SECONDS = 1.0  # before the second push; doubled each time
-# GitHub stops the schedules of a repository in which nothing happened for 60 days.
-KEEPALIVE_DAYS = 45
 _BOT = ("github-actions[bot]", "41898282+github-actions[bot]@users.noreply.github.com")
 # What git says where somebody else pushed first; anything else is not mended by trying again.
 _RACE = re.compile(
@@ -138,11 +136,11 @@ def _news(
     after = known.after(planned.document, fresh)
     if fresh:
         return _News(after, tuple(fresh), _message(fresh))
-    # Where a base stands now is no news by itself; that it is watched at all is.
-    if after.deltas.keys() != known.deltas.keys() or after.bases.keys() != known.bases.keys():
-        return _News(after, (), "hubdiff: record what is watched")
-    if _quiet_since(known, active) > KEEPALIVE_DAYS * 86_400:
-        return _News(changed(after, checked_at=now()), (), "hubdiff: looked, nothing is new")
+    dated = changed(after, checked_at=now())
+    if not known.watches(planned.document):
+        return _News(dated, (), "hubdiff: record what is watched")
+    if known.is_stale(active):
+        return _News(dated, (), "hubdiff: looked, nothing is new")
     return _News(known, (), None)
 
 
@@ -158,22 +156,6 @@ def _message(fresh: Sequence[Mapping[str, Any]]) -> str:
 def _short(ref: str) -> str:
     repo, _, commit = ref.partition("@")
     return f"{repo}@{commit[:12]}"
-
-
-def _quiet_since(known: Lock, active: float | None) -> float:
-    """Seconds since anything was recorded; 0 where that is not known."""
-    times = [_seconds(entry.get("at")) for entry in known.items.values()]
-    last = max([*times, _seconds(known.checked_at)], default=0.0) or active
-    return time.time() - last if last else 0.0
-
-
-def _seconds(at: object) -> float:
-    import calendar
-
-    try:
-        return float(calendar.timegm(time.strptime(str(at), "%Y-%m-%dT%H:%M:%SZ")))
-    except ValueError:
-        return 0.0
 
 
 # --- pushing ---

@@ -23,7 +23,7 @@ from hubdiff.backport.items import (
     settings_digest,
     weights_digest,
 )
-from hubdiff.backport.lock import ADOPTED, DONE, FAILED, LOCK, Lock, read_lock
+from hubdiff.backport.lock import ADOPTED, DONE, FAILED, LOCK, Lock, read_lock, seconds_of
 from hubdiff.errors import HubdiffError, HubError, HubUnavailable, RefError
 from hubdiff.files import open_tree
 from hubdiff.manifest import read_manifest
@@ -53,7 +53,7 @@ class Base:
 class Watched:
     """``items`` are to be done now, ``adopt`` are seen for the first time and only recorded,
     ``waiting`` is how many more there are than one run takes. ``skipped``: repo → why it is no
-    base. ``bases`` and ``deltas`` are for the lock."""
+    base. ``bases`` and ``deltas`` are for the lock; ``news``: there is something to write there."""
 
     config: str
     items: tuple[Item, ...]
@@ -62,6 +62,7 @@ class Watched:
     skipped: Mapping[str, str]
     bases: Mapping[str, dict[str, str]]
     deltas: Mapping[str, dict[str, str]]
+    news: bool
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -70,6 +71,7 @@ class Watched:
             "items": [item.as_json() for item in self.items],
             "adopt": [item.as_json() for item in self.adopt],
             "waiting": self.waiting,
+            "news": self.news,
             "skipped": [{"base": base, "why": why} for base, why in self.skipped.items()],
             "bases": dict(self.bases),
             "deltas": dict(self.deltas),
@@ -158,6 +160,7 @@ class _Poll:
             if status and not (chosen and adopted) and item.key not in self.lock.items
         ]
         most = self.config.limits.items
+        watched = self.lock.watches({"bases": self._bases, "deltas": self._deltas})
         return Watched(
             self.config.file,
             tuple(todo[:most]),
@@ -166,6 +169,7 @@ class _Poll:
             self._skipped,
             self._bases,
             self._deltas,
+            bool(todo or new) or not watched or self.lock.is_stale(),
         )
 
     # --- bases ---
@@ -352,7 +356,7 @@ class _Poll:
         attempts = int(entry.get("attempts") or 1)
         if attempts >= self.config.limits.attempts:
             return False
-        return time.time() >= _seconds(str(entry.get("at"))) + _FIRST_WAIT * 2 ** (attempts - 1)
+        return time.time() >= seconds_of(entry.get("at")) + _FIRST_WAIT * 2 ** (attempts - 1)
 
 
 def _attempt(entry: Mapping[str, Any] | None, settings: str) -> int:
@@ -360,16 +364,6 @@ def _attempt(entry: Mapping[str, Any] | None, settings: str) -> int:
     if entry is None or entry["status"] != FAILED or entry.get("settings") != settings:
         return 1
     return int(entry.get("attempts") or 0) + 1
-
-
-def _seconds(at: str) -> float:
-    """Of a time as the lock has it; 0 where it has none."""
-    import calendar
-
-    try:
-        return calendar.timegm(time.strptime(at, "%Y-%m-%dT%H:%M:%SZ"))
-    except ValueError:
-        return 0.0
 
 
 def _directed(bases: list[Base], own: Mapping[str, str]) -> Iterator[tuple[Base, str]]:

@@ -94,22 +94,24 @@ def _shown(score: dict[str, Any]) -> str:
 @command.command(
     "gate",
     cls=shared.Command,
-    usage="PLAN RESULTS --item ID",
+    usage="PLAN RESULTS --item ID [OPTIONS]",
     examples=("hubdiff backport gate plan.json results --item 0123456789ab",),
 )
 @click.argument("plan")
 @click.argument("results")
 @_item
+@click.option("--dry-run", is_flag=True, help="Write no gate.json.")
 @shared.json_output
 @pass_session
-def gate_command(session: Session, plan: str, results: str, item: str) -> int:
+def gate_command(session: Session, plan: str, results: str, item: str, dry_run: bool) -> int:
     """Say whether a result is what hubdiff.yaml asks for. Exit code 4: it is not."""
     from hubdiff.backport.gate import GATE, gate_item
     from hubdiff.backport.items import write_document
 
     with session.working():
         said = gate_item(plan, results, item=item)
-        write_document(results, item, GATE, said.as_json())
+        if not dry_run:
+            write_document(results, item, GATE, said.as_json())
     session.show(said.as_json(), lambda page: _draw_gate(page, said))
     return 0 if said.passed else REFUSED
 

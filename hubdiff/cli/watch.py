@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 @click.option("--adopted", is_flag=True, help="Plan also what was there at the first run.")
 @click.option("--output", metavar="FILE", help="Write the plan there, for hubdiff backport.")
 @click.option(
-    "--outputs", metavar="FILE", help="Append count= and matrix= there, as $GITHUB_OUTPUT has it."
+    "--outputs",
+    metavar="FILE",
+    help="Append count=, matrix= and news= there, as $GITHUB_OUTPUT has it.",
 )
 @click.option("--dry-run", is_flag=True, help="Write no file.")
 @shared.json_output
@@ -66,7 +68,8 @@ def command(
     if outputs is not None and not dry_run:
         with Path(outputs).open("a", encoding="utf-8") as file:
             matrix = json.dumps({"id": [item.id for item in found.items]})
-            file.write(f"count={len(found.items)}\nmatrix={matrix}\n")
+            news = json.dumps(found.news)
+            file.write(f"count={len(found.items)}\nmatrix={matrix}\nnews={news}\n")
     session.show(document, lambda page: _draw(page, found))
 
 
