@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -25,6 +26,8 @@ from hubdiff.backport.run import run
 from hubdiff.cli import run as cli
 from hubdiff.devhub import DevHub
 from hubdiff.errors import HubdiffError
+from hubdiff.jobs import bench
+from hubdiff.lab.scores import TaskScore
 from tests.github_fake import GitHubFake
 
 
@@ -293,6 +296,19 @@ def test_the_gate_is_asked_again(world):
     assert ready.pulls() == []
 
 
+def test_a_result_of_another_item_is_not_published(world):
+    """Or it would be published, and then recorded as failed."""
+    ready = Ready(world)
+    ready.run()
+    file = ready.results / ready.id / "result.json"
+    document = json.loads(file.read_text())
+    document["item"]["key"] = "0" * 64
+    file.write_text(json.dumps(document))
+    for stage in (gate_item, publish_item):
+        with pytest.raises(HubdiffError, match="is of another item"):
+            stage(ready.plan, ready.results, item=ready.id)
+
+
 def test_a_delta_of_another_base_is_not_published(world):
     ready = Ready(world)
     ready.run()
@@ -322,6 +338,24 @@ def test_a_scale_that_was_not_to_be_tried_is_refused(world):
         ready.publish()
 
 
+def test_a_card_may_be_any_bytes(world):
+    ready = Ready(world)
+    ready.run()
+    (ready.results / ready.id / "delta" / "README.md").write_bytes(b"\xff ")
+    ready.publish()
+    card = world.api.hf_hub_download(world.results, "README.md", revision="refs/pr/1")
+    assert Path(card).read_text("utf-8").startswith("\ufffd\n\n## How it was ported")
+
+
+@pytest.mark.parametrize("content", ["{}", '{"items": null}', '{"items": {"a": 1}}'])
+def test_what_is_no_plan_is_said(tmp_path, content):
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps({"version": 1, **json.loads(content)}))
+    for stage in (run, publish_item, gate_item):
+        with pytest.raises(HubdiffError, match="is no plan"):
+            stage(plan, tmp_path, item="0" * 12)
+
+
 @pytest.mark.parametrize("wanted", ["../../etc", "", "0" * 12, "0123456789AB"])
 def test_an_item_that_is_not_planned_is_refused(world, wanted):
     ready = Ready(world)
@@ -343,6 +377,48 @@ def test_what_does_not_fit_the_disk_is_said_before_the_work(world):
     document = json.loads((ready.results / ready.id / "result.json").read_text())
     assert document["status"] == "failed"
     assert not gate_item(ready.plan, ready.results, item=ready.id).passed
+
+
+def test_scores_that_choose_no_scale_are_said_after_the_first_evaluation(world, monkeypatch):
+    evaluated = []
+
+    class Perplexity:
+        """A bench whose scores are no means over the examples."""
+
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def evaluate(self, subject: bench.Subject) -> Any:
+            evaluated.append(subject)
+            return SimpleNamespace(
+                scores=(
+                    TaskScore(
+                        name="t",
+                        metrics=("word_perplexity",),
+                        value=9.0,
+                        stderr=None,
+                        higher_is_better=False,
+                        examples=4,
+                        fewshot=0,
+                        version="1",
+                        dataset=None,
+                        dataset_config=None,
+                        dataset_commit=None,
+                        kind="generate_until",
+                        measured=(),
+                    ),
+                )
+            )
+
+    monkeypatch.setattr(bench, "Bench", Perplexity)
+    ready = Ready(world)
+    plan = json.loads(ready.plan.read_text())
+    asked = plan["items"][0]
+    asked["evaluation"]["tasks"], asked["gate"]["task"], asked["scales"] = ["t"], "t", [0.5, 1.0]
+    ready.plan.write_text(json.dumps(plan))
+    with pytest.raises(HubdiffError, match="one half of the examples of t can't choose a scale"):
+        ready.run()
+    assert len(evaluated) == 1
 
 
 def test_what_check_refuses_is_not_made(world):

@@ -751,3 +751,34 @@ def test_what_is_done_stays_done_and_what_was_tried_is_not_forgotten(
             assert after.items[key]["status"] == "done"
         if entry["status"] != "adopted":
             assert after.items[key]["status"] != "adopted"
+
+
+@pytest.mark.parametrize("options", [[], ["--depth=1"]])
+def test_what_an_old_checkout_has_does_not_come_back(remote, tmp_path, options):
+    """A job checks out what its event was about, which may be hours old, or weeks when it is run
+    again: what was changed or removed since stays so."""
+    items = [make_item(number) for number in (1, 2, 3, 4)]
+    before, fresh = (
+        write_plan(tmp_path / str(n), *part) for n, part in ((0, items[:3]), (1, items[3:]))
+    )
+    for item in items[:3]:
+        leave(tmp_path / "results", item, result={**ran(item), "status": "refused", "why": "no"})
+    git(tmp_path, "clone", "-q", str(remote), "there")
+    there = tmp_path / "there"
+    go(there, before, tmp_path / "results", push=True)
+    git(tmp_path, "clone", "-q", *options, f"file://{remote}", "old")
+    # Somebody asks for the first again; the second is tried with other settings, and fails.
+    known = read_lock(there / "hubdiff.lock")
+    failed = {**known.items[items[1].key], "status": "failed", "settings": "6" * 64}
+    rest = {items[1].key: failed, items[2].key: known.items[items[2].key]}
+    (there / "hubdiff.lock").write_text(replace(known, items=rest).dumps())
+    git(there, "commit", "-q", "-a", "-m", "again, please")
+    git(there, "push", "-q")
+    leave_done(tmp_path / "results", items[3])
+    assert go(tmp_path / "old", fresh, tmp_path / "results", push=True).pushed
+    found = remote_lock(remote).items
+    assert {key: one["status"] for key, one in found.items()} == {
+        items[1].key: "failed",
+        items[2].key: "rejected",
+        items[3].key: "done",
+    }

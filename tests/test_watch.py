@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd
 import hubdiff
 from hubdiff import hub
 from hubdiff.backport import watch as watching
-from hubdiff.backport.lock import FAILED, REJECTED
+from hubdiff.backport.lock import DONE, FAILED, REJECTED
 from hubdiff.backport.watch import watch
 from hubdiff.cli import run as cli
 from hubdiff.devhub import DevHub
@@ -297,12 +297,16 @@ def test_what_was_rejected_is_looked_at_again_when_the_rules_change(world):
     assert [one.key for one in world.watch().items] == [item.key]
 
 
-def test_a_new_version_of_a_delta_goes_where_the_old_one_went(world, family):
+@pytest.mark.parametrize("status", [DONE, REJECTED, FAILED])
+def test_a_new_version_of_a_delta_goes_where_the_old_one_went(world, status):
     world.write_config(["org/base-1"])
     world.adopt()
     world.new_base("base-2")
     world.write_config(["org/base-1", "org/base-2"])
-    world.done(world.watch())
+    found = world.watch()
+    (old,) = found.items
+    known = {"delta": "toy/sort", "weights": old.weights, "settings": old.settings}
+    world.note(found, (old.key, status), attempts=3, **known)
     hubdiff.push_delta(
         models.save(world.root.parent / "again", models.moved(models.weights(), seed=77)),
         "hf://demo/sort-delta",

@@ -9,6 +9,7 @@ from typing import Any
 
 from hubdiff.backport.items import Item, planned_item, read_document
 from hubdiff.backport.run import RAN, RESULT
+from hubdiff.errors import HubdiffError
 from hubdiff.verdict import GO
 
 GATE = "gate.json"
@@ -31,7 +32,19 @@ def gate_item(plan: str | Path, results: str | Path, *, item: str) -> Gated:
     """Of an item of ``plan``, whose result lies in ``results``/ID. What the gate asks for is taken
     from the plan: a result may have been made by somebody's code. Raises ``HubdiffError``."""
     found = planned_item(Path(plan), item)
-    return gate(found, read_document(Path(results) / found.id / RESULT))
+    return gate(found, read_result(found, Path(results)))
+
+
+def read_result(item: Item, results: Path) -> dict[str, Any]:
+    """What ``run`` said about ``item``. Raises ``HubdiffError``, also where it is about another."""
+    place = results / item.id / RESULT
+    document = read_document(place)
+    named = document.get("item")
+    if not isinstance(named, dict) or named.get("key") != item.key:
+        raise HubdiffError(
+            f"{place} is of another item", next_step="Run hubdiff backport run again."
+        )
+    return document
 
 
 def gate(item: Item, result: Mapping[str, Any]) -> Gated:

@@ -125,7 +125,12 @@ def item_of(value: Any, where: str) -> Item:
 
 def planned_item(plan: Path, wanted: str) -> Item:
     """The item of a plan with the id ``wanted``. Raises ``HubdiffError``."""
-    items = [item_of(value, str(plan)) for value in read_document(plan).get("items", [])]
+    listed = read_document(plan).get("items")
+    if not isinstance(listed, list):
+        raise HubdiffError(
+            f"{plan} is no plan", next_step="hubdiff watch --output FILE writes one."
+        )
+    items = [item_of(value, str(plan)) for value in listed]
     if not _ID.fullmatch(wanted):
         raise HubdiffError(f"{wanted!r} is not the id of an item: 12 hex digits")
     found = next((item for item in items if item.id == wanted), None)

@@ -59,6 +59,15 @@ class Lock:
             items={**self.items, **fresh},
         )
 
+    def without(self, other: Lock) -> Lock:
+        """What ``other`` does not have, or has otherwise."""
+        parts = ((self.bases, other.bases), (self.deltas, other.deltas), (self.items, other.items))
+        bases, deltas, items = (
+            {key: one for key, one in mine.items() if theirs.get(key) != one}
+            for mine, theirs in parts
+        )
+        return Lock(bases, deltas, items, self.checked_at)
+
     def watches(self, plan: Mapping[str, Any]) -> bool:
         """Whether all that a plan looked at is in here. Where a base stands now is no news by
         itself; that it is watched at all is."""

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubdiff.backport.gate import gate
-from hubdiff.backport.items import Item, planned_item, read_document, write_document
-from hubdiff.backport.run import DELTA, DELTA_KIND, RESULT
+from hubdiff.backport.gate import gate, read_result
+from hubdiff.backport.items import Item, planned_item, write_document
+from hubdiff.backport.run import DELTA, DELTA_KIND
 from hubdiff.card import page
 from hubdiff.errors import AuthError, HubdiffError, RepoNotFound
 from hubdiff.files import open_tree, safe_path
@@ -64,7 +64,7 @@ def publish_item(
     anybody's. The repo must exist. Raises ``HubdiffError``."""
     found = planned_item(Path(plan), item)
     folder = Path(results) / found.id
-    result = read_document(folder / RESULT)
+    result = read_result(found, Path(results))
     said = gate(found, result)
     if not said.passed:
         raise HubdiffError(
@@ -165,7 +165,7 @@ class _Publish:
         names = {str(path) for path in paths if (self._delta / path).is_file()}
         for name in sorted(names):
             if name == CARD:
-                upload.add_bytes(name, self._with_section((self._delta / name).read_text()))
+                upload.add_bytes(name, self._with_section((self._delta / name).read_bytes()))
             else:
                 upload.add(safe_path(name), self._delta / name)
         for name in upload.existing_files():
@@ -199,7 +199,7 @@ class _Publish:
         from hubdiff.hub import HubUpload
 
         upload = HubUpload(self._to, revision=revision)
-        upload.add_bytes(CARD, self._with_section(upload.read(CARD).decode()))
+        upload.add_bytes(CARD, self._with_section(upload.read(CARD)))
         return upload.commit(self._title, self._trailer).oid
 
     # --- what it says ---
@@ -230,7 +230,7 @@ class _Publish:
             raise HubdiffError(f"the scale {scale!r} is not one of those that were to be tried")
         return float(scale)
 
-    def _with_section(self, card: str) -> bytes:
+    def _with_section(self, card: bytes) -> bytes:
         source, base = (
             dict(zip(("repo", "commit"), ref.split("@"), strict=True))
             for ref in (self._item.source, self._item.base)
@@ -245,11 +245,12 @@ class _Publish:
             halved=len(self._item.scales) > 1,
             **_rows(self._item, self._result),
         )
-        return f"{card.rstrip()}\n\n{section}".encode()
+        # A card may be anybody's bytes, and the Hub takes text only.
+        return f"{card.decode(errors='replace').rstrip()}\n\n{section}".encode()
 
     def _check_delta(self) -> None:
-        """The delta that lies there is one, of the planned base, and nothing else lies beside it.
-        It was made by a job that ran somebody's code."""
+        """The delta that lies there is one, of the planned base, and all of it lies there: no link
+        leads out. It was made by a job that ran somebody's code."""
         if self._item.publish.kind != DELTA_KIND:
             return
         links = [path for path in self._folder.rglob("*") if path.is_symlink()]

@@ -173,7 +173,7 @@ def _pushed(
             time.sleep(WAIT_SECONDS * 2 ** (number - 1) * random.uniform(0.5, 1.5))
         tip = checkout.remote_tip()
         theirs = checkout.lock_at(tip)
-        known = merge(theirs, read_lock(checkout.place))
+        known = merge(theirs, checkout.lock_here(tip))
         news = _news(known, planned, outcomes, checkout.last_commit())
         if news.message is None:
             if _says_nothing_new(known, theirs):
@@ -282,6 +282,16 @@ class _Checkout:
         # Asked for by name, as not every server gives a commit by its id; it may have moved on.
         self._run("fetch", "--quiet", "--no-tags", "--no-recurse-submodules", url, ref)
         return str(self._run("rev-parse", "FETCH_HEAD")) or tip
+
+    def lock_here(self, tip: str | None) -> Lock:
+        """What the lock of the work tree has that ``tip`` was made without. The rest was known
+        there: where it is otherwise by now, or removed, what lies here is old."""
+        here, head = read_lock(self.place), self.head()
+        if head is None or tip is None:
+            return here
+        if not self._repo.is_ancestor(self._repo.commit(head), self._repo.commit(tip)):
+            return here
+        return here.without(self.lock_at(head))
 
     def lock_at(self, commit: str | None) -> Lock:
         """Empty where that commit has none."""

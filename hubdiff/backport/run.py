@@ -78,7 +78,7 @@ def run(
     found = planned_item(Path(plan), item)
     folder = Path(results) / found.id
     began = time.monotonic()
-    work = _Run(found, Path(str(read_document(Path(plan))["config"])).parent, folder, device)
+    work = _Run(found, Path(str(read_document(Path(plan)).get("config"))).parent, folder, device)
     work.progress = progress or Silent()
     try:
         document = work.document(dry_run)
@@ -186,6 +186,8 @@ class _Run:
             return made.scores
 
         before = scores(Subject.of(base))
+        if len(self.item.scales) > 1:
+            _require_halves(asked.tasks, before)  # before the hours that the others take
         tried = {s: scores(Subject.of(base, [(delta, 1.0)], s)) for s in self.item.scales}
         tuned = None
         if self.item.gate.tuned is not None:
@@ -242,7 +244,7 @@ def _name_start(model: Path, source: str) -> None:
     import yaml
 
     path = model / CARD
-    text = path.read_text() if path.is_file() else ""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     repo, _, commit = source.partition("@")
     known = facts(open_tree(ModelRef.parse(f"hf://{source}")))
     closed = known.gated or known.private
@@ -283,7 +285,6 @@ def _chosen(
     half = len(tried) > 1
     scale = item.scales[0]
     if half:
-        _require_halves(tasks, before)
         choosing = {s: halves([found[at]])[0] for s, found in tried.items()}
         scale = max(choosing, key=lambda s: (choosing[s], -abs(s - 1)))
     sides = {"base": before, "result": tried[scale], "tuned": tuned}

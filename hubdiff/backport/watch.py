@@ -343,11 +343,12 @@ class _Poll:
         return None if status == FAILED and self._try_again(entry) else status
 
     def _carried(self, delta: str, base: Base) -> bool:
-        """Whether an earlier version of the delta was brought to this base: the new one follows."""
+        """Whether an earlier version of the delta was brought to this base, or tried: the new one
+        follows, the more so where the old one was not good enough."""
         return any(
             entry.get("delta") == delta
             and entry.get("weights") == base.weights
-            and entry["status"] == DONE
+            and entry["status"] != ADOPTED
             for entry in self.lock.items.values()
         )
 

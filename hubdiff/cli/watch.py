@@ -54,7 +54,8 @@ def command(
 
     The first time a delta is seen all bases are adopted: hubdiff backport record writes them down,
     and nothing else happens; --adopted plans them too. Costs one call to the Hub for a base that is
-    followed, none for one that is pinned and known. Needs pip install "hubdiff[backport]".
+    followed, and none for one that is pinned and known, unless its new_version is followed. Needs
+    pip install "hubdiff[backport]".
     """
     from hubdiff.backport.watch import watch
     from hubdiff.writer import write_whole
