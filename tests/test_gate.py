@@ -104,6 +104,7 @@ def test_what_is_asked_must_be_shown(asked, found, reason):
 @pytest.mark.parametrize(("verdict", "passed"), [("go", True), ("doubtful", False)])
 def test_doubt_wants_a_measurement(verdict, passed):
     assert gate(item(tasks=()), result(verdict)).passed == passed
+    assert gate(item(), result(verdict, result=score(0.9))).passed == passed
     assert gate(item(min=0.5), result(verdict, result=score(0.9))).passed
 
 

@@ -328,6 +328,33 @@ def test_a_link_in_the_results_is_not_followed(world):
         ready.publish()
 
 
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("more.txt", False),
+        ("more.txt", True),
+        ("tuned/model.pkl", False),
+        ("tuned/model.pkl", True),
+        ("delta-extra.safetensors", False),
+    ],
+)
+def test_a_file_that_is_no_part_of_a_delta_is_not_published(world, name, listed):
+    """Also where the manifest, which the same job wrote, lists it."""
+    ready = Ready(world)
+    ready.run()
+    folder = ready.results / ready.id / "delta"
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"cos\nsystem\n")
+    if listed:
+        file = folder / "hubdiff.json"
+        document = json.loads(file.read_text())
+        document["side_files"].append({"path": name, "size": 11, "sha256": "0" * 64})
+        file.write_text(json.dumps(document))
+    with pytest.raises(HubdiffError):
+        ready.publish()
+    assert ready.pulls() == []
+
+
 def test_a_scale_that_was_not_to_be_tried_is_refused(world):
     ready = Ready(world)
     ready.run()

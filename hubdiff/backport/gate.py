@@ -81,8 +81,8 @@ def _reasons(
     asked, task = item.gate, item.gate.task
     said = result.get("check")
     verdict = said.get("verdict") if isinstance(said, dict) else None
-    if verdict != GO and not item.evaluation.tasks:
-        yield f"check says {verdict}, and nothing was measured that could answer it"
+    if verdict != GO and asked.min is asked.max_drop is asked.recovery is None:
+        yield f"check says {verdict}, and the gate asks for nothing that could answer it"
     for name in item.evaluation.tasks:
         if _value(sides.get("result"), name) is None:
             yield f"there is no score of {name}"

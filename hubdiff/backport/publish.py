@@ -7,7 +7,7 @@ with that title may be anybody's, so it counts only where it is our own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from hubdiff.backport.gate import gate, read_result
 from hubdiff.backport.items import Item, planned_item, write_document
 from hubdiff.backport.run import DELTA, DELTA_KIND
-from hubdiff.card import page
+from hubdiff.card import PICTURE, page
+from hubdiff.checkpoint import MANIFEST
 from hubdiff.errors import AuthError, HubdiffError, RepoNotFound
 from hubdiff.files import open_tree, safe_path
 from hubdiff.manifest import read_manifest
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
+from hubdiff.sidecars import Carried, classify
 
 if TYPE_CHECKING:
     from hubdiff.hub import PullRequest
@@ -253,7 +255,8 @@ class _Publish:
         leads out. It was made by a job that ran somebody's code."""
         if self._item.publish.kind != DELTA_KIND:
             return
-        links = [path for path in self._folder.rglob("*") if path.is_symlink()]
+        paths = sorted(self._delta.rglob("*"))
+        links = [path for path in (self._delta, *paths) if path.is_symlink()]
         if links:
             raise HubdiffError(f"{links[0]} is a link: a delta has files only")
         manifest = read_manifest(open_tree(ModelRef(repo=None, revision=None, path=self._delta)))
@@ -263,6 +266,12 @@ class _Publish:
                 f"of {self._item.base}",
                 next_step="Run hubdiff backport run again.",
             )
+        listed = {file.path for files in manifest.layers.values() for file in files}
+        listed |= {file.path for file in manifest.side_files} | {MANIFEST, CARD, PICTURE}
+        for path in paths:
+            name = path.relative_to(self._delta).as_posix()
+            if path.is_file() and not _belongs(name, path.stat().st_size, listed):
+                raise HubdiffError(f"{path} is no file of a delta: nothing is published")
 
     def _require_repo(self) -> None:
         """The repo exists, and may hold what is made of this base and this delta."""
@@ -294,6 +303,17 @@ class _Publish:
             where["url"] = f"{endpoint()}/{self._to}/tree/{branch}"
         to = self._item.publish.to
         return Published(self._item.id, to, self._item.publish.kind, mode, branch, **where)
+
+
+def _belongs(name: str, size: int, listed: Collection[str]) -> bool:
+    """Whether a file is one of a delta's. Of what a manifest lists, too, since whoever made the
+    delta wrote that: only what hubdiff would carry, which leaves out pickles and their like."""
+    if name not in listed:
+        return False
+    folder, _, inside = name.partition("/")
+    if folder in ("tuned", "base"):
+        return isinstance(classify(inside, size), Carried)
+    return name.endswith((".safetensors", ".json", ".json.zst", ".png", ".md"))
 
 
 def _closed(repo: str) -> bool:
