@@ -14,11 +14,10 @@ demo: $(INSTALLED)
 	rm -rf $(KEEP)
 	$(BIN)/hubdiff demo --keep $(KEEP)
 
-# In parallel, a file of tests in one process: a third of the time is spent waiting. Files begin in
-# the order of tests/conftest.py, the long ones first; else those of many tests would.
+# A file of tests in one process, and more processes than cores: half of the time is spent waiting.
+# Files begin in the order of tests/conftest.py, the long ones first; else those of many tests would.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
-	  --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
