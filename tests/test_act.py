@@ -74,15 +74,9 @@ def with_new_base(repository: Repository, world: World) -> Repository:
     return repository
 
 
-def trust(world: World, *, pull_requests: bool) -> None:
+def trust(world: World) -> None:
     """The workflow of the repository is a trusted publisher of the results."""
-    world.hub.trust(
-        world.results,
-        repository=NAME,
-        branch="main",
-        workflow="hubdiff.yml",
-        pull_requests=pull_requests,
-    )
+    world.hub.trust(world.results, repository=NAME, branch="main", workflow="hubdiff.yml")
 
 
 def writes(world: World) -> list[str]:
@@ -131,7 +125,7 @@ def test_a_new_base_becomes_a_pull_request_with_its_numbers(start, world, github
     """Without a secret anywhere: signed in as a trusted publisher."""
     adopted = with_new_base(start(["org/base-1"], auth="oidc"), world)
     adopted.secrets.clear()
-    trust(world, pull_requests=True)
+    trust(world)
 
     run = adopted.run("repository_dispatch", payload={"base": "org/base-2"})
 
@@ -293,29 +287,3 @@ def test_killed_between_publish_and_record_the_next_run_publishes_nothing_twice(
     published = second.artifacts / f"published-{item['id']}" / item["id"] / "published.json"
     assert '"reused": true' in published.read_text()
     assert adopted.lock()["items"][item["key"]]["status"] == "done"
-
-
-def test_who_is_no_trusted_publisher_publishes_nothing(start, world):
-    repository = with_new_base(start(["org/base-1"], auth="oidc"), world)
-    repository.secrets.clear()
-
-    refused = repository.run()
-
-    (item,) = refused.plan["items"]
-    assert refused.failed() == {f"publish {item['id']}"}
-    assert repository.lock()["items"][item["key"]]["status"] == "failed"
-    assert pull_requests(world) == []
-
-
-def test_a_trusted_publisher_that_may_open_no_pull_requests_pushes_a_branch(start, world):
-    repository = with_new_base(start(["org/base-1"], auth="oidc"), world)
-    repository.secrets.clear()
-    trust(world, pull_requests=False)
-
-    run = repository.run()
-
-    assert run.code == 0, run.output
-    (item,) = run.plan["items"]
-    output = repository.lock()["items"][item["key"]]["output"]
-    assert output["pr_url"] is None
-    assert output["branch"] == f"hubdiff/{item['id']}"

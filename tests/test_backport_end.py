@@ -66,16 +66,16 @@ def under_git(world: World) -> Path:
     return remote
 
 
-@pytest.mark.parametrize("pull_requests", [True, False])
 def test_published_without_secrets_recorded_and_reported(
-    world: World, job: GitHubFake, monkeypatch: pytest.MonkeyPatch, pull_requests: bool
+    world: World, job: GitHubFake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As a branch, where the token opens no pull requests; with them: tests/test_act.py."""
     world.hub.trust(
         world.results,
         repository=GITHUB,
         workflow="hubdiff.yml",
         branch="main",
-        pull_requests=pull_requests,
+        pull_requests=False,
     )
     world.write_config(["org/base-1"])
     remote = under_git(world)
@@ -97,11 +97,11 @@ def test_published_without_secrets_recorded_and_reported(
         publisher.setenv("HF_OIDC_RESOURCE", world.results)
         done = world.command("backport", "publish", str(plan), str(results), "--item", item.id)
         again = world.command("backport", "publish", str(plan), str(results), "--item", item.id)
-    assert bool(done["pr_url"]) == pull_requests
+    assert done["pr_url"] is None
     assert again["reused"]
     assert (again["pr_url"], again["commit"]) == (done["pr_url"], done["commit"])
-    revision = "refs/pr/1" if pull_requests else item.branch
-    assert world.api.list_repo_commits(world.results, revision=revision)[0].authors == ["[OIDC]"]
+    last = world.api.list_repo_commits(world.results, revision=item.branch)[0]
+    assert last.authors == ["[OIDC]"]
 
     told = report(plan, results, lock=world.lock, issue=GITHUB)
     assert told.action == "created"
@@ -114,8 +114,7 @@ def test_published_without_secrets_recorded_and_reported(
         "first",
     ]
     (issue,) = job.issues[GITHUB]
-    where = "pull request" if pull_requests else "branch"
-    assert f"[{where}]({again['pr_url'] or again['url']})" in issue["body"]
+    assert f"[branch]({again['url']})" in issue["body"]
     # And that is all: nothing is to be done, told or recorded.
     assert world.watch().items == ()
     plan = world.plan()
