@@ -13,6 +13,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
@@ -41,6 +43,9 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody answers there
 from huggingface_hub import CommitOperationAdd, HfApi  # noqa: E402
 
 from hubdiff.devhub import DevHub  # noqa: E402
+
+if TYPE_CHECKING:
+    from backport_world import World
 
 PutRepo = Callable[..., str]
 
@@ -113,3 +118,15 @@ def put_repo(devhub: DevHub, new_name: Callable[[], str]) -> PutRepo:
         return repo
 
     return put
+
+
+@pytest.fixture
+def world(
+    devhub: DevHub, family: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[World]:
+    """A user's world for the backport stages, of the base, tuned model and delta that the module's
+    ``family`` makes."""
+    from backport_world import worlds  # brings torch: not for tests that do without
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    yield from worlds(devhub, family, tmp_path)

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 from act.runner import NAME, Repository
-from backport_world import World, make_family, worlds
+from backport_world import World, make_family
 from github_fake import GitHubFake
-
-from hubdiff.devhub import DevHub
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="act's wheels are for Linux")
 
@@ -23,14 +21,6 @@ HOSTILE = 'x";touch${IFS}PWNED;$(touch${IFS}PWNED)`touch${IFS}PWNED`'
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return make_family(tmp_path_factory.mktemp("family"))
-
-
-@pytest.fixture
-def world(
-    devhub: DevHub, family: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[World]:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    yield from worlds(devhub, family, tmp_path)
 
 
 @pytest.fixture

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backport_world import TASK, World, make_family, upload, worlds
+from backport_world import TASK, World, make_family, upload
 from safetensors.torch import load_file
 
 import hubdiff
 from hubdiff.backport.gate import gate_item
 from hubdiff.backport.items import planned_item
 from hubdiff.backport.publish import publish_item
-from hubdiff.devhub import DevHub
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return make_family(tmp_path_factory.mktemp("family"))
-
-
-@pytest.fixture
-def world(
-    devhub: DevHub, family: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[World]:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    yield from worlds(devhub, family, tmp_path)
 
 
 def to_do(world: World, **changes: object) -> tuple[Path, str]:

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backport_world import World, make_family, worlds
+from backport_world import World, make_family
 
 from hubdiff.backport.lock import read_lock
 from hubdiff.backport.record import record
 from hubdiff.backport.report import report
-from hubdiff.devhub import DevHub
 from tests.github_fake import GitHubFake
 
 GITHUB = "acme/models"
@@ -22,14 +21,6 @@ GITHUB = "acme/models"
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     return make_family(tmp_path_factory.mktemp("family"))
-
-
-@pytest.fixture
-def world(
-    devhub: DevHub, family: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[World]:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    yield from worlds(devhub, family, tmp_path)
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ import models
 import pytest
 import torch
 import yaml
-from backport_world import World, worlds
+from backport_world import World
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import load_file
 
@@ -24,7 +23,6 @@ from hubdiff.backport.gate import gate_item
 from hubdiff.backport.publish import publish_item
 from hubdiff.backport.run import run
 from hubdiff.cli import run as cli
-from hubdiff.devhub import DevHub
 from hubdiff.errors import HubdiffError
 from hubdiff.jobs import bench
 from hubdiff.lab.scores import TaskScore
@@ -37,11 +35,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     base = models.save(folder / "base", models.weights())
     tuned = models.save(folder / "tuned", models.moved(models.weights()))
     return base, tuned, folder / "delta"
-
-
-@pytest.fixture
-def world(devhub: DevHub, family: tuple[Path, Path, Path], tmp_path: Path) -> Iterator[World]:
-    yield from worlds(devhub, family, tmp_path)
 
 
 class Ready:

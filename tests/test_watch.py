@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import models
 import pytest
 import yaml
-from backport_world import World, upload, worlds
+from backport_world import World, upload
 from huggingface_hub import CommitOperationAdd
 
 import hubdiff
@@ -20,7 +19,6 @@ from hubdiff.backport import watch as watching
 from hubdiff.backport.lock import DONE, FAILED, REJECTED
 from hubdiff.backport.watch import watch
 from hubdiff.cli import run as cli
-from hubdiff.devhub import DevHub
 from hubdiff.errors import HubdiffError, HubUnavailable
 
 
@@ -31,11 +29,6 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     base = models.save(folder / "base", models.weights())
     tuned = models.save(folder / "tuned", models.moved(models.weights()))
     return base, tuned, folder / "delta"
-
-
-@pytest.fixture
-def world(devhub: DevHub, family: tuple[Path, Path, Path], tmp_path: Path) -> Iterator[World]:
-    yield from worlds(devhub, family, tmp_path)
 
 
 def bases(found: watching.Watched) -> list[tuple[str, str]]:

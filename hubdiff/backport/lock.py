@@ -31,7 +31,8 @@ _BROKEN = (
 @dataclass(frozen=True)
 class Lock:
     """``bases``: ref → commit and digest of the weights, when last seen; ``deltas``: source → the
-    own base; ``items``: key → what became of it."""
+    own base; ``items``: key → what became of it; ``checked_at``: when it was last looked and
+    nothing but that was to be written."""
 
     bases: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     deltas: Mapping[str, dict[str, Any]] = field(default_factory=dict)

@@ -78,8 +78,8 @@ def run(
     found = planned_item(Path(plan), item)
     folder = Path(results) / found.id
     began = time.monotonic()
-    work = _Run(found, Path(str(read_document(Path(plan)).get("config"))).parent, folder, device)
-    work.progress = progress or Silent()
+    root = Path(str(read_document(Path(plan)).get("config"))).parent
+    work = _Run(found, root, folder, device, progress or Silent())
     try:
         document = work.document(dry_run)
     except HubdiffError as error:
@@ -105,7 +105,7 @@ class _Run:
     root: Path  # where relative task files begin
     folder: Path
     device: str
-    progress: Progress = Silent()  # noqa: RUF009 - it holds nothing
+    progress: Progress
     needs: int = 0
 
     def document(self, dry_run: bool) -> dict[str, Any]:
