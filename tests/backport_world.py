@@ -67,14 +67,16 @@ class World:
         return folder
 
     def write_config(self, bases: list[str], **changes: Any) -> None:
-        """hubdiff.yaml with one family and one delta; ``changes`` are the delta's."""
+        """hubdiff.yaml with one family and one delta; ``changes`` are the delta's, and what is None
+        is left out."""
         delta: dict[str, Any] = {
             "source": self.source,
             "eval": {"tasks": [TASK]},
             "gate": {"min": 0.5, "max_drop": 0.0},
             "publish": {"to": self.results, "mode": "pr"},
         }
-        family = {"bases": bases, "deltas": {"sort": {**delta, **changes}}}
+        kept = {key: value for key, value in {**delta, **changes}.items() if value is not None}
+        family = {"bases": bases, "deltas": {"sort": kept}}
         self.config.write_text(yaml.safe_dump({"families": {"toy": family}}, sort_keys=False))
 
     def watch(self, **how: Any) -> Watched:

@@ -16,6 +16,7 @@ from hubdiff.backport.report import report
 from tests.github_fake import GitHubFake
 
 GITHUB = "acme/models"
+UNMEASURED = {"eval": None, "gate": None}  # tests/test_backport.py measures
 
 
 @pytest.fixture(scope="module")
@@ -68,18 +69,18 @@ def test_published_without_secrets_recorded_and_reported(
         branch="main",
         pull_requests=False,
     )
-    world.write_config(["org/base-1"])
+    world.write_config(["org/base-1"], **UNMEASURED)
     remote = under_git(world)
     results = world.root.parent / "results"
     # Adopted at first: one commit, nothing else.
     world.new_base("base-2")
-    world.write_config(["org/base-1", "org/base-2"])
+    world.write_config(["org/base-1", "org/base-2"], **UNMEASURED)
     plan = world.plan()
     assert record(plan, results, lock=world.lock, push=True).pushed
     assert [entry["status"] for entry in world_lock(world)] == ["adopted"]
     # A new base.
     world.new_base("base-3", seed=3)
-    world.write_config(["org/base-1", "org/base-2", "org/base-3"])
+    world.write_config(["org/base-1", "org/base-2", "org/base-3"], **UNMEASURED)
     (item,) = world.watch().items
     plan = world.plan()
     world.command("backport", "run", str(plan), str(results), "--item", item.id)
@@ -121,10 +122,10 @@ def test_a_publisher_of_another_repository_publishes_nothing(
     world: World, job: GitHubFake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.hub.trust(world.results, repository="acme/other")
-    world.write_config(["org/base-1"])
+    world.write_config(["org/base-1"], **UNMEASURED)
     world.adopt()
     world.new_base("base-2")
-    world.write_config(["org/base-1", "org/base-2"])
+    world.write_config(["org/base-1", "org/base-2"], **UNMEASURED)
     (item,) = world.watch().items
     plan, results = world.plan(), world.root.parent / "results"
     world.command("backport", "run", str(plan), str(results), "--item", item.id)
