@@ -67,7 +67,7 @@ def difference(tuned, base, hi, lo):  # type: ignore[no-untyped-def]
     """``hi`` and ``lo`` of tuned − base, as ``numerics.difference``, all uint16 of one length.
     Returns how many elements changed, how many ``lo`` are not 0, whether all are numbers, and
     whether base + ``hi`` is tuned again wherever ``lo`` is 0."""
-    changed, tails, odd, off = 0, 0, _u32(0), _u32(0)
+    changed, tails, odd, off = _u32(0), _u32(0), _u32(0), _u32(0)
     for i in range(tuned.size):
         x, y = _wide(tuned[i]), _wide(base[i])
         # The negated reverse: equal numbers give −0.0, which is "no change".
@@ -78,10 +78,12 @@ def difference(tuned, base, hi, lo):  # type: ignore[no-untyped-def]
         rest = _f32((total - _wide(high)) + error)
         low = _u16(rest.view(_u32) >> _u32(16))  # exact: it is a bf16 number
         hi[i], lo[i] = high, low
-        changed += tuned[i] != base[i]
-        tails += low != 0
-        odd |= _no_number(high) | _no_number(tuned[i]) | _no_number(base[i])
-        off |= _u32(low == 0) & _u32(_narrow(y + _wide(high)) != tuned[i])
+        changed = _u32(changed + _u32(tuned[i] != base[i]))
+        tails = _u32(tails + _u32(low != 0))
+        odd |= _no_number(high)  # as it is where tuned or base is none
+        # Without ``lo``, ``hi`` is the difference itself, and adding it gives the very number back:
+        # only a zero's sign can be another. A sum is −0.0 where both terms are.
+        off |= _u32(tuned[i] == _u16(0x8000)) & _u32(base[i] != _u16(0x8000))
     return changed, tails, odd == 0, off == 0
 
 

@@ -29,9 +29,13 @@ def floats(bits: np.ndarray) -> torch.Tensor:
 
 def difference(tuned: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
     hi, lo = np.empty_like(tuned), np.empty_like(tuned)
-    changed, tails, numbers, _ = kernels.difference(tuned, base, hi, lo)
+    changed, tails, numbers, restored = kernels.difference(tuned, base, hi, lo)
     assert changed == np.count_nonzero(tuned != base)
     assert tails == np.count_nonzero(lo)
+    if numbers:
+        total = np.empty_like(tuned)
+        kernels.add(base, hi, total)
+        assert restored == np.array_equal(total[lo == 0], tuned[lo == 0])
     return hi, lo, numbers
 
 
@@ -52,6 +56,24 @@ def test_every_pattern_against_a_corner(corner):
     other = np.full_like(NUMBERS, corner)
     check_pair(NUMBERS, other)
     check_pair(other, NUMBERS)
+
+
+@pytest.mark.parametrize("zero", [0x0000, 0x8000], ids=hex)
+def test_a_zero_that_loses_its_sign_is_said_of_every_pair(zero):
+    """Whether all come back is said of many at once: here of one."""
+    other = np.array([zero], np.uint16)
+    for pattern in NUMBERS.reshape(-1, 1):
+        difference(pattern, other)
+        difference(other, pattern)
+
+
+@pytest.mark.parametrize("corner", CORNERS, ids=hex)
+def test_what_is_no_number_makes_a_difference_that_is_none(corner):
+    other = np.array([corner], np.uint16)
+    for pattern in EVERY[(EVERY & 0x7F80) == 0x7F80].reshape(-1, 1):
+        assert not difference(pattern, other)[2]
+        assert not difference(other, pattern)[2]
+        assert not difference(pattern, pattern)[2]
 
 
 @settings(max_examples=30, deadline=None)

@@ -118,10 +118,10 @@ def _encode_ranks(bits: np.ndarray, table: np.ndarray) -> bytes:
     if 2 * escaped.size > bits.size:  # the sample misled
         return _encode_direct(bits)
     head = bytes([RANKS, table.size]) + write_varint(escaped.size)
-    blob = head + write_stream(ranks) + _write_symbols(table)
+    parts = [head, write_stream(ranks), _write_symbols(table)]
     if escaped.size:
-        blob += _encode_few(escaped) if escaped.size <= SMALL else encode(escaped)
-    return blob
+        parts.append(_encode_few(escaped) if escaped.size <= SMALL else encode(escaped))
+    return b"".join(parts)
 
 
 def _ranks(bits: np.ndarray, table: np.ndarray) -> np.ndarray:
