@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from hubdiff.backport import github
+from hubdiff.backport.charts import LOOK, picture
 from hubdiff.backport.lock import Lock, read_lock
 from hubdiff.backport.outcomes import Outcome, merge_outcomes, read_outcomes, read_planned
-from hubdiff.backport.report import _LOOK, LABEL, MARK, TITLE, Reported, picture, report
+from hubdiff.backport.report import LABEL, MARK, TITLE, Reported, report
 from hubdiff.errors import HubdiffError
 from tests.backport_items import leave, leave_done, make_item, published, ran, write_plan
 from tests.github_fake import GitHubFake
@@ -355,7 +356,7 @@ def test_a_curve_with_the_base_beside_it() -> None:
     item = make_item(1)
     assert picture(Outcome(item, "done", result=ran(item))) == "\n".join(
         [
-            _LOOK,
+            LOOK,
             "xychart-beta",
             '    title "sums: toy/math on org/base"',
             '    x-axis "scale" ["0.6", "0.8", "1"]',
@@ -394,7 +395,7 @@ def test_a_picture_is_always_one(name: str, curve: list[Any], values: list[Any])
     if drawn is None:
         return
     look, head, title, x_axis, y_axis, *series = drawn.splitlines()
-    assert (look, head) == (_LOOK, "xychart-beta")
+    assert (look, head) == (LOOK, "xychart-beta")
     for line in (title, x_axis, y_axis):
         assert line.count('"') % 2 == 0
         assert set(line) <= set(map(chr, range(32, 127)))
