@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -324,7 +325,7 @@ def test_vllm_is_given_the_merged_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """vLLM itself is not here: in its place stands the harness's model of transformers."""
+    """In vLLM's place stands the harness's model of transformers."""
     base, _, delta = family
     hubdiff.apply(delta, base, output=tmp_path / "result", scale=0.5, force=True)
     places: list[Path] = []
@@ -336,6 +337,8 @@ def test_vllm_is_given_the_merged_folder(
         return lm_eval.models.huggingface.HFLM(place, device="cpu", batch_size=8)
 
     monkeypatch.setattr("hubdiff.jobs.bench.find_spec", lambda name: name)
+    known = {"vllm": "0.1"}
+    monkeypatch.setattr("hubdiff.jobs.bench.version", lambda name: known.get(name) or version(name))
     stand_in = SimpleNamespace(VLLM=read)
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", stand_in)
     made = run(on(base, delta), tasks, scale=0.5, backend="vllm")
@@ -344,6 +347,38 @@ def test_vllm_is_given_the_merged_folder(
     assert len(places) == 1
     assert not places[0].exists()
     assert not places[0].parent.exists()
+
+
+def test_vllm_itself_says_what_transformers_says(tasks: list[str], tmp_path: Path) -> None:
+    """Needs vLLM, and minutes. Its kernels for CPUs want heads of 32."""
+    pytest.importorskip("vllm")
+    base, _, delta = make_tuned(tmp_path, hidden_size=64, intermediate_size=128)
+    ours, theirs = (
+        run(on(base, delta), tasks, backend=backend) for backend in ("accelerate", "vllm")
+    )
+    assert theirs.libraries["vllm"]
+    for one, other in zip(ours.scores, theirs.scores, strict=True):
+        assert other.value == pytest.approx(one.value, abs=0.05)  # other kernels round otherwise
+
+
+def test_without_a_word_of_sampling_the_likeliest_is_taken(
+    family: tuple[Path, Path, Path], tasks: list[str]
+) -> None:
+    """The harness's vLLM would draw at a temperature of 1."""
+    made = run(family[1], tasks[:1], limit=2)
+    assert [line["arguments"][0][1]["do_sample"] for line in made.samples["sort_letters"]] == [
+        False,
+        False,
+    ]
+
+
+def test_what_a_task_says_of_sampling_stays(
+    family: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    drawing = {"until": ["\n"], "max_gen_toks": 6, "temperature": 0.7}
+    task = sort_task(tmp_path, generation_kwargs=drawing)
+    made = run(family[1], [str(task)], limit=1)
+    assert made.samples["sort_letters"][0]["arguments"][0][1] == drawing
 
 
 def test_a_full_gpu_gets_advice(

@@ -12,13 +12,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hubdiff.toy_family import LETTERS, make_tokenizer
 
 
-def make_base(folder: Path, seed: int = 0) -> Path:
+def make_base(
+    folder: Path, seed: int = 0, *, hidden_size: int = 32, intermediate_size: int = 64
+) -> Path:
     """A model folder in bf16."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,

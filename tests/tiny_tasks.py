@@ -23,9 +23,9 @@ LEARN = (
 HELD_OUT = tuple(a + b + c for a in "jhfdb" for b in "igec" for c in "af")
 
 
-def make_tuned(folder: Path) -> tuple[Path, Path, Path]:
+def make_tuned(folder: Path, **sizes: int) -> tuple[Path, Path, Path]:
     """A base that knows nothing, its fine-tune that sorts letters, and the delta."""
-    base = make_base(folder / "base")
+    base = make_base(folder / "base", **sizes)
     words = ["".join(word) for word in itertools.permutations(LETTERS, 3)]
     words = sorted(set(words) - set(HELD_OUT), key=lambda word: sha256(word.encode()).digest())
     data = _write_examples(folder / "train.jsonl", words)

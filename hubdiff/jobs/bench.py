@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -165,14 +166,14 @@ class Bench:
         self._progress = progress or Silent()
         self._states: list[Path] = []
         from hubdiff.lab.harness import Tasks
-        from hubdiff.lab.training import quiet
+        from hubdiff.lab.quiet import quiet
 
         with quiet():
             self._tasks = Tasks(wanted, asked.seed)
 
     def evaluate(self, subject: Subject) -> Evaluated | None:
         """None in processes that are not the first."""
-        from hubdiff.lab.training import quiet
+        from hubdiff.lab.quiet import quiet
 
         state = _state(subject, self._how)
         self._states.append(state)
@@ -230,13 +231,14 @@ def _state(subject: Subject, how: Asked) -> Path:
 
     # How many at a time is left out: whoever ran out of memory goes on with fewer.
     asked = [how.device, how.backend, how.chat_template, how.seed]
-    words = json.dumps([subject.identity(), asked, _libraries()])
+    words = json.dumps([subject.identity(), asked, _libraries(how)])
     key = hashlib.sha256(words.encode()).hexdigest()[:24]
     return home() / "hubdiff" / "evaluations" / key
 
 
-def _libraries() -> dict[str, str]:
-    return {name: version(name) for name in ("lm_eval", "transformers", "torch")}
+def _libraries(how: Asked) -> dict[str, str]:
+    backend = ("vllm",) if how.backend == "vllm" else ()
+    return {name: version(name) for name in ("lm_eval", "transformers", "torch", *backend)}
 
 
 def _evaluate(
@@ -245,8 +247,8 @@ def _evaluate(
     began = time.monotonic()
     with disk_errors(state):
         state.mkdir(parents=True, exist_ok=True)
+    progress.note(f"evaluating {subject}")
     with _memory_advice(subject, how), _model(subject, how, progress) as model:
-        progress.note(f"evaluating {subject}")
         found = tasks.run(
             model,
             limit=how.limit,
@@ -262,7 +264,7 @@ def _evaluate(
         how.limit,
         how.chat_template,
         time.monotonic() - began,
-        _libraries(),
+        _libraries(how),
         {
             "device": how.device,
             "backend": how.backend,
@@ -364,6 +366,9 @@ def _weights(path: str) -> bool:
 
 def _vllm(subject: Subject, folder: Path, how: Asked) -> Any:
     """vLLM reads a folder: that of the merged model lies in memory where there is room."""
+    # It logs on stdout, which is for the scores.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     import torch
     from lm_eval.models.vllm_causallms import VLLM
 

@@ -152,7 +152,7 @@ def _examples(data: str | Path, folder: Path, limit: int, length: int) -> list[T
 
     from hubdiff.lab.examples import read_examples
     from hubdiff.lab.loss import tokenized
-    from hubdiff.lab.training import quiet
+    from hubdiff.lab.quiet import quiet
 
     with quiet():
         with usable_model("the base's tokenizer"):
@@ -176,7 +176,7 @@ def _loss(
     import torch
 
     from hubdiff.lab.loss import mean_loss
-    from hubdiff.lab.training import quiet
+    from hubdiff.lab.quiet import quiet
 
     with quiet():
         with usable_model("the base"):

@@ -123,7 +123,7 @@ def finetune(
     delta = open_tree(ModelRef.parse(from_delta), cache=False) if from_delta is not None else None
     _refuse_output(place, (tree, delta), (data, recipe), push_to, force)
     with only_run(place) if is_first() else nullcontext():
-        from hubdiff.lab.training import quiet
+        from hubdiff.lab.quiet import quiet
 
         job = _Finetune(tree, delta, data, place, chosen, force, command, progress)
         with quiet():

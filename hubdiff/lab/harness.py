@@ -120,6 +120,7 @@ class Tasks:
             ) from error
         for name, task in found.items():
             _require_pinned(wanted, name, task)
+            _take_the_likeliest(task)
             if getattr(task, "UNSAFE_CODE", False):
                 raise HubdiffError(
                     f"the task {name} runs code that the model writes",
@@ -163,6 +164,14 @@ class Tasks:
             _score(wanted, tasks, found)
             for wanted, tasks in zip(self.wanted, self.loaded, strict=True)
         )
+
+
+def _take_the_likeliest(task: Any) -> None:
+    """Where a task says nothing of sampling, the harness's vLLM would draw at a temperature of 1,
+    its model of transformers takes the likeliest: now both do."""
+    how = task.get_config("generation_kwargs")
+    if how and "do_sample" not in how and "temperature" not in how:
+        how["do_sample"] = False
 
 
 @cache
