@@ -343,6 +343,31 @@ def test_two_processes_share_a_batch(base: Path, data: Path, tuned: Path, tmp_pa
     assert all(torch.allclose(one[name], two[name], atol=1e-3) for name in one)
 
 
+def test_two_processes_share_the_weights(
+    base: Path, data: Path, tuned: Path, tmp_path: Path
+) -> None:
+    """FSDP, on the CPU: one result, near that of one process; of an adapter too."""
+    train(base, data, tmp_path / "alone", "lora.rank=4")
+    lines = [
+        options(base, data, tmp_path / "whole"),
+        [*options(base, data, tmp_path / "adapter"), "--set", "lora.rank=4"],
+    ]
+    script = Path(__file__).with_name("fsdp_on_cpu.py")
+    launch = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", script)
+    done = run(*launch, json.dumps(lines))
+    assert done.returncode == 0, done.stderr
+    for one, other in (
+        (tuned / "master/model.safetensors", tmp_path / "whole/master/model.safetensors"),
+        *[(tmp_path / made / "adapter_model.safetensors" for made in ("alone", "adapter"))],
+    ):
+        ours, theirs = load_file(one), load_file(other)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in ours)
+    assert models.hashes(tuned)["config.json"] == models.hashes(tmp_path / "whole")["config.json"]
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == names
+
+
 # --- what a review found ---
 
 

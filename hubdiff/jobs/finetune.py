@@ -408,7 +408,7 @@ class _Finetune:
             if self._recipe.lora is None:
                 self._save_weights(trainer, state, result)
             else:
-                self._save_adapter(trainer, result)
+                self._save_adapter(trainer, state, result)
             self._describe(result, examples, metrics)
             if self._place.exists():
                 self._place.rename(self._work / "replaced")
@@ -445,15 +445,18 @@ class _Finetune:
                 (result / path).parent.mkdir(parents=True, exist_ok=True)
                 (result / path).write_bytes(tree.read_bytes(path))
 
-    def _save_adapter(self, trainer: Trainer, result: Path) -> None:
-        trainer.save_model(str(result))
+    def _save_adapter(self, trainer: Trainer, state: dict[str, Any], result: Path) -> None:
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(result, state_dict=state)
+        assert trainer.processing_class is not None
+        trainer.processing_class.save_pretrained(result)
         file = result / "adapter_config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         pin = self._base.pin
         config["base_model_name_or_path"] = _side(self._base)["name"]
         config["revision"] = pin.commit
+        if isinstance(config["target_modules"], list):
+            config["target_modules"].sort()  # PEFT has a set
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (result / "training_args.bin").unlink(missing_ok=True)
 
     def _describe(self, result: Path, examples: int, metrics: list[dict[str, Any]]) -> None:
         import yaml
