@@ -11,8 +11,9 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hubdiff import markdown
 from hubdiff._version import __version__
@@ -27,6 +28,9 @@ from hubdiff.licences import (
 )
 from hubdiff.registry_tags import DELTA_TAG, START, TUNED_MODEL
 from hubdiff.summary import Summary, percent, size_text, summarise
+
+if TYPE_CHECKING:
+    import jinja2
 
 PICTURE = "layers.png"
 _FILES_SHOWN = 5
@@ -231,23 +235,27 @@ def _render(name: str, metadata: Mapping[str, Any], **values: Any) -> str:
 
 
 def _body(name: str, values: Mapping[str, Any]) -> str:
+    return f"{_compiled(name).render(**values).strip()}\n"
+
+
+@cache
+def _compiled(name: str) -> jinja2.Template:
     import jinja2
 
     # Markdown, not HTML: escaping is markdown.py's, called by name in the templates.
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
-    body = environment.from_string(template(name)).render(
-        **values,
-        text=markdown.text,
-        code=markdown.code,
-        block=markdown.block,
-        source=_source,
-        size=size_text,
-        percent=percent,
-        version=__version__,
-    )
-    return f"{body.strip()}\n"
+    ours = {
+        "text": markdown.text,
+        "code": markdown.code,
+        "block": markdown.block,
+        "source": _source,
+        "size": size_text,
+        "percent": percent,
+        "version": __version__,
+    }
+    return environment.from_string(template(name), globals=ours)
 
 
 def _vocabulary(record: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -81,6 +81,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_picture() -> Iterator[None]:
+    """No picture on the cards of deltas made in this process: to draw it takes longer than all the
+    rest of a small push."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hubdiff.jobs.push._picture", lambda _: b"")
+        yield
+
+
 @pytest.fixture(scope="session")
 def _server() -> Iterator[DevHub]:
     users = {"demo": "hf_demo", "other": "hf_other"}

@@ -61,12 +61,6 @@ KINDS: dict[str, Make] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """matplotlib would take most of the time."""
-    monkeypatch.setattr("hubdiff.jobs.push._picture", lambda _: b"")
-
-
 @pytest.fixture(params=KINDS, ids=KINDS)
 def made(request: pytest.FixtureRequest, tmp_path: Path) -> Adapted:
     return KINDS[request.param](tmp_path)

@@ -48,11 +48,6 @@ from hubdiff.writer import FolderSink
 RECORDS = {"hubdiff-result.json", "README.md"}
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hubdiff.jobs.push._picture", lambda _: b"")
-
-
 @contextmanager
 def refused(kind: type[HubdiffError], *words: object) -> Iterator[None]:
     with pytest.raises(kind) as caught:

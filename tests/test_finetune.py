@@ -29,11 +29,6 @@ pytest.importorskip("trl")
 FAST = ("steps=12", "batch=8", "micro_batch=4", "length=64", "learning_rate=3e-3", "log_every=4")
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hubdiff.jobs.push._picture", lambda _: b"")
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("models") / "base")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 
 from hubdiff.picture import group_by_layer, layer_picture, relative_norm
@@ -162,6 +164,17 @@ def test_the_picture_shows_where_the_tune_was() -> None:
 def test_a_file_path_will_do(tmp_path: Path) -> None:
     layer_picture(layered(4), tmp_path / "layers.png")
     assert (tmp_path / "layers.png").read_bytes() == png(layered(4))
+
+
+def test_a_delta_carries_the_picture_of_its_tensors(tmp_path: Path) -> None:
+    """By a process of its own: in those of the tests nothing is drawn."""
+    base = models.weights()
+    models.save(tmp_path / "base", base)
+    models.save(tmp_path / "tuned", models.moved(base))
+    line = ("push-delta", "./tuned", "./delta", "--base", "./base")
+    subprocess.run([sys.executable, "-m", "hubdiff", *line], cwd=tmp_path, check=True)
+    manifest = json.loads((tmp_path / "delta/hubdiff.json").read_text())
+    assert (tmp_path / "delta/layers.png").read_bytes() == png(manifest["tensors"])
 
 
 def test_rows_need_no_matplotlib() -> None:

@@ -486,8 +486,8 @@ def remote_work(work: Work, put_repo: PutRepo) -> Work:
     return Work(delta, target, work.expected)
 
 
-KILLS = 20
-KILLS_REMOTE = 5
+KILLS = 14
+KILLS_REMOTE = 4
 
 
 def test_interrupted_run_leaves_nothing_that_loads(
