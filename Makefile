@@ -51,7 +51,8 @@ bench: $(INSTALLED)
 clean:
 	rm -rf $(VENV) $(KEEP) build dist
 
+# Without compiling: what is never imported, which is most of it, would take a minute.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
