@@ -8,6 +8,9 @@ KEEP := .demo
 WHEEL_VENV := build/wheel-venv
 PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
 
+# Hundreds of processes start in the tests: none has to compile what another did.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint docs wheel bench clean
 
 demo: $(INSTALLED)

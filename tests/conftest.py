@@ -43,6 +43,7 @@ os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # nobody answers there
 from huggingface_hub import CommitOperationAdd, HfApi  # noqa: E402
 
 from hubdiff.devhub import DevHub  # noqa: E402
+from hubdiff.picture import layer_picture  # noqa: E402
 
 if TYPE_CHECKING:
     from backport_world import World
@@ -62,7 +63,9 @@ _LONG = (
     "test_finetune.py",
     "test_delta_battery.py",
     "test_backport_end.py",
+    "test_publish.py",
     "test_compare.py",
+    "test_extras.py",
     "test_record.py",
     "test_hub_jobs.py",
 )
@@ -86,8 +89,14 @@ def _no_picture() -> Iterator[None]:
     """No picture on the cards of deltas made in this process: to draw it takes longer than all the
     rest of a small push."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hubdiff.jobs.push._picture", lambda _: b"")
+        patch.setattr("hubdiff.jobs.push.layer_picture", lambda tensors, file: None)
         yield
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn all the same, for what is compared with another process's."""
+    monkeypatch.setattr("hubdiff.jobs.push.layer_picture", layer_picture)
 
 
 @pytest.fixture(scope="session")

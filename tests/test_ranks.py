@@ -202,6 +202,7 @@ def leftovers(folder: Path) -> list[str]:
 # --- the same bytes ---
 
 
+@pytest.mark.usefixtures("pictures")
 def test_four_ranks_write_the_bytes_of_one_process(world: Path) -> None:
     lines = [PUSH, REBUILD, TRANSFER, apply_to("sibling", "sibling"), apply_to("one", "one")]
     for line in lines:
@@ -231,6 +232,7 @@ def test_four_ranks_write_the_bytes_of_one_process(world: Path) -> None:
     assert not any(said[5].err[1:] + said[5].out)
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("xet", [True, False], ids=["xet", "lfs"])
 def test_ranks_make_one_commit_of_the_same_bytes(
     devhub: DevHub, world: Path, tmp_path: Path, xet: bool
