@@ -83,7 +83,7 @@ def process(
         done = subprocess.run(
             command,
             cwd=cwd,
-            env={**os.environ, "NO_COLOR": "1", **(env or {})},
+            env={**_environment(), "NO_COLOR": "1", **(env or {})},
             capture_output=True,
             text=True,
             check=False,
@@ -93,6 +93,11 @@ def process(
             print(done.stderr or "", file=sys.stderr)
             done.check_returncode()
         return {"seconds": seconds, **json.loads(report.read_text()), "output": done.stdout}
+
+
+def _environment() -> dict[str, str]:
+    """A package that pip installed is compiled, and so may be one that is worked on."""
+    return {key: word for key, word in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
 
 
 @dataclass(frozen=True)
