@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,6 +206,14 @@ def require_extra(backend: str = BACKENDS[0]) -> None:
         raise HubdiffError(
             "vllm is not installed", next_step="Run pip install vllm, or use --backend accelerate."
         )
+    if backend == "vllm":
+        try:
+            version("vllm")
+        except PackageNotFoundError as error:  # the harness asks for it too
+            raise HubdiffError(
+                "vllm is installed under another name, which lm-evaluation-harness does not find",
+                next_step="Run pip install vllm, or use --backend accelerate.",
+            ) from error
 
 
 def require_output(path: Path) -> None:
