@@ -65,8 +65,8 @@ def _no_number(pattern):  # type: ignore[no-untyped-def]
 @_compiled
 def difference(tuned, base, hi, lo):  # type: ignore[no-untyped-def]
     """``hi`` and ``lo`` of tuned − base, as ``numerics.difference``, all uint16 of one length.
-    Returns how many elements changed, how many ``lo`` are not 0, whether all are numbers, and
-    whether base + ``hi`` is tuned again wherever ``lo`` is 0."""
+    Returns how many elements changed, how many ``lo`` are not 0, whether all are numbers, and,
+    if so, whether base + ``hi`` is tuned again wherever ``lo`` is 0."""
     changed, tails, odd, off = _u32(0), _u32(0), _u32(0), _u32(0)
     for i in range(tuned.size):
         x, y = _wide(tuned[i]), _wide(base[i])

@@ -16,7 +16,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
-from tiny_tasks import make_tuned, sort_task
+from tiny_tasks import sort_task
 
 import hubdiff
 from hubdiff.backport.lock import ADOPTED, DONE, Lock, read_lock
@@ -148,7 +148,3 @@ def worlds(hub: DevHub, family: tuple[Path, Path, Path], tmp_path: Path) -> Iter
     for model in list(api.list_models()):
         if model.id.startswith(("org/base-", "demo/")):
             api.delete_repo(model.id)
-
-
-def make_family(folder: Path) -> tuple[Path, Path, Path]:
-    return make_tuned(folder)

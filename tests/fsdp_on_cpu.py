@@ -11,8 +11,9 @@ import json
 import os
 import sys
 from typing import Any
+from unittest.mock import patch
 
-import accelerate.state
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
@@ -28,12 +29,12 @@ os.environ |= {
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
-_begin, _check = accelerate.state.AcceleratorState.__init__, Trainer.require_numbers
+_begin, _check = AcceleratorState.__init__, Trainer.require_numbers
 
 
 def begin(self: Any, *args: Any, **more: Any) -> None:
-    accelerate.state.PartialState(cpu=True)
-    shared = accelerate.state.PartialState._shared_state
+    PartialState(cpu=True)
+    shared = PartialState._shared_state
     if shared["distributed_type"] == DistributedType.MULTI_CPU:
         shared["distributed_type"] = DistributedType.MULTI_XPU
     _begin(self, *args, **more)
@@ -46,6 +47,9 @@ def check(self: Trainer) -> None:
         raise AssertionError("the weights are not shared")
 
 
-accelerate.state.AcceleratorState.__init__ = begin
-Trainer.require_numbers = check  # type: ignore[method-assign]
-sys.exit(max(run(line) for line in json.loads(sys.argv[1])))
+with (
+    patch.object(AcceleratorState, "__init__", begin),
+    patch.object(Trainer, "require_numbers", check),
+):
+    code = max(run(line) for line in json.loads(sys.argv[1]))
+sys.exit(code)

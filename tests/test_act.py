@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from act.runner import NAME, Repository
-from backport_world import TASK, World, make_family
+from backport_world import TASK, World
 from github_fake import GitHubFake
+from tiny_tasks import make_tuned
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="act's wheels are for Linux")
 
@@ -20,7 +21,7 @@ HOSTILE = 'x";touch${IFS}PWNED;$(touch${IFS}PWNED)`touch${IFS}PWNED`'
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    return make_family(tmp_path_factory.mktemp("family"))
+    return make_tuned(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture

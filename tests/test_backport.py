@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from backport_world import TASK, World, make_family, upload
+from backport_world import TASK, World, upload
 from safetensors.torch import load_file
+from tiny_tasks import make_tuned
 
 import hubdiff
 from hubdiff.backport.gate import gate_item
@@ -16,7 +17,7 @@ from hubdiff.backport.publish import publish_item
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    return make_family(tmp_path_factory.mktemp("family"))
+    return make_tuned(tmp_path_factory.mktemp("family"))
 
 
 def to_do(world: World, **changes: object) -> tuple[Path, str]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from backport_world import World, make_family
+from backport_world import World
+from tiny_tasks import make_tuned
 
 from hubdiff.backport.lock import read_lock
 from hubdiff.backport.record import record
@@ -21,7 +22,7 @@ UNMEASURED = {"eval": None, "gate": None}  # tests/test_backport.py measures
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    return make_family(tmp_path_factory.mktemp("family"))
+    return make_tuned(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -347,6 +347,20 @@ def test_vllm_is_given_the_merged_folder(
     assert len(places) == 1
     assert not places[0].exists()
     assert not places[0].parent.exists()
+
+
+def test_vllm_under_another_name_is_said_in_words(
+    family: tuple[Path, Path, Path], tasks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As builds for other devices have it: the module is there, the distribution is not."""
+
+    def unknown(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("hubdiff.jobs.bench.find_spec", lambda name: name)
+    monkeypatch.setattr("hubdiff.jobs.bench.version", unknown)
+    with pytest.raises(HubdiffError, match="under another name"):
+        run(family[0], tasks, backend="vllm")
 
 
 def test_vllm_itself_says_what_transformers_says(tasks: list[str], tmp_path: Path) -> None:

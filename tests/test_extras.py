@@ -1,5 +1,6 @@
-"""Each extra alone brings what its commands need. The tests' own environment has them all, and
-would hide what an extra forgot: here a process sees hubdiff, what it requires, and one extra.
+"""Each extra alone brings what its commands need, tried with one or two of them. The tests' own
+environment has all extras, and would hide what one forgot: here a process sees hubdiff, what it
+requires, and one extra.
 """
 
 from __future__ import annotations
@@ -127,9 +128,11 @@ def test_finetune_brings_what_training_needs(tmp_path: Path) -> None:
     make_base(tmp_path / "base")
     write_task(tmp_path / "task.jsonl")
     training = site(tmp_path / "site", "finetune")
-    few = [word for one in ("steps=1", "batch=2", "length=64") for word in ("--set", one)]
-    hubdiff(training, "finetune", "./base", "--data", "task.jsonl", "--output", "tuned", *few)
-    hubdiff(training, "connectivity", "./base", "./tuned", "--data", "task.jsonl", "--points", "2")
+    few = ("steps=1", "batch=2", "length=64", "lora.rank=4")
+    settings = [word for one in few for word in ("--set", one)]
+    data = ("--data", "task.jsonl")
+    hubdiff(training, "finetune", "./base", *data, "--output", "tuned", *settings)
+    hubdiff(training, "connectivity", "./base", "./base", *data, "--points", "2")
 
 
 def test_eval_brings_what_evaluating_needs(tmp_path: Path) -> None:

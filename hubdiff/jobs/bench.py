@@ -202,18 +202,22 @@ def require_extra(backend: str = BACKENDS[0]) -> None:
             f"evaluating needs {', '.join(missing)}, which is not installed",
             next_step="Run pip install 'hubdiff[eval]'.",
         )
-    if backend == "vllm" and find_spec("vllm") is None:
-        raise HubdiffError(
-            "vllm is not installed", next_step="Run pip install vllm, or use --backend accelerate."
-        )
     if backend == "vllm":
-        try:
-            version("vllm")
-        except PackageNotFoundError as error:  # the harness asks for it too
-            raise HubdiffError(
-                "vllm is installed under another name, which lm-evaluation-harness does not find",
-                next_step="Run pip install vllm, or use --backend accelerate.",
-            ) from error
+        _require_vllm()
+
+
+def _require_vllm() -> None:
+    """Under its own name: the harness looks for the distribution too, not for the module only."""
+    install = "Run pip install vllm, or use --backend accelerate."
+    if find_spec("vllm") is None:
+        raise HubdiffError("vllm is not installed", next_step=install)
+    try:
+        version("vllm")
+    except PackageNotFoundError as error:
+        raise HubdiffError(
+            "vllm is installed under another name, by which lm-evaluation-harness does not find it",
+            next_step=install,
+        ) from error
 
 
 def require_output(path: Path) -> None:
