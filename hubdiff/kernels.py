@@ -20,6 +20,7 @@ import numpy as np
 F = TypeVar("F", bound=Callable[..., Any])
 _u16, _u32, _u64 = np.uint16, np.uint32, np.uint64
 _f32, _f64 = np.float32, np.float64
+_size = np.uintp
 
 
 def _compile(function: F, fastmath: set[str]) -> F:
@@ -183,6 +184,23 @@ def from_ranks(ranks, table, out):  # type: ignore[no-untyped-def]
     """``out[i] = table[ranks[i]]``: uint8 through a table of 256 uint16."""
     for i in range(ranks.size):
         out[i] = table[ranks[i]]
+
+
+@_compiled
+def where(words, marks, positions):  # type: ignore[no-untyped-def]
+    """Fill ``positions`` (int64) with those of the ``marks`` (uint8) that are 1 and not 0, and one
+    element more with anything. ``words`` are the marks eight at a time (uint64) as far as that
+    goes: where they are rare most words are 0, and inside of one there is no branch to mispredict.
+    """
+    found = _size(0)
+    for word in range(words.size):
+        if words[word] != _u64(0):
+            for i in range(8 * word, 8 * word + 8):
+                positions[found] = i
+                found = _size(found + _size(marks[i]))
+    for i in range(8 * words.size, marks.size):
+        positions[found] = i
+        found = _size(found + _size(marks[i]))
 
 
 @_compiled

@@ -150,17 +150,14 @@ def _write_symbols(symbols: np.ndarray) -> bytes:
 
 
 def where(mask: np.ndarray) -> np.ndarray:
-    """The positions of True; three times faster between 2 and 10 % than np.flatnonzero.
+    """The positions of True, int64: up to three times as fast as np.flatnonzero."""
+    from hubdiff import kernels
 
-    numpy jumps from hit to hit up to 10 %, which mispredicts, and counts without branches above:
-    enough True after the end selects that. Indexing by the mask itself is slower than either.
-    """
     hits = int(np.count_nonzero(mask))
-    if not 0.02 * mask.size < hits <= 0.1 * mask.size:
-        return np.flatnonzero(mask)
-    padded = np.ones(mask.size + mask.size // 8, np.bool_)
-    padded[: mask.size] = mask
-    return np.flatnonzero(padded)[:hits]
+    positions = np.empty(hits + 1, np.int64)
+    marks = mask.view(np.uint8)
+    kernels.where(marks[: mask.size // 8 * 8].view(np.uint64), marks, positions)
+    return positions[:hits]
 
 
 # --- reading: sizes ---

@@ -18,13 +18,19 @@ from hubdiff.encodings.places import Places
 
 GAPS = 4  # the variant after those of a dense blob
 
+# A symbol that fills less than this of the sample does not fill half of the segment (by four
+# standard deviations), and need not be counted.
+_HALF = 0.46
+
 
 class Packed:
     name = "packed"
     widths = frozenset({16})
 
     def encode(self, bits: np.ndarray) -> bytes:
-        common = _commonest(bits)
+        common, share = _commonest(bits)
+        if share < _HALF:
+            return dense.encode(bits)
         differs = bits != common
         others = int(np.count_nonzero(differs))
         if others == 0 or 2 * others > bits.size:
@@ -46,12 +52,15 @@ class Packed:
             dense.render(parsed, out)
 
 
-def _commonest(bits: np.ndarray) -> int:
-    """The commonest symbol of a sample: the true one whenever it fills clearly more than half.
+def _commonest(bits: np.ndarray) -> tuple[int, float]:
+    """The commonest symbol of a sample, and how much of that it fills. It is the true one whenever
+    it fills clearly more than half.
 
     The stride is odd, so that a pattern in the columns of a matrix can't hide it.
     """
-    return int(np.bincount(bits[:: (bits.size >> 12) | 1]).argmax())
+    counts = np.bincount(bits[:: (bits.size >> 12) | 1])
+    common = int(counts.argmax())
+    return common, int(counts[common]) / int(counts.sum())
 
 
 @dataclass(frozen=True)
