@@ -18,7 +18,7 @@ import numba
 import numpy as np
 
 F = TypeVar("F", bound=Callable[..., Any])
-_u16, _u32, _u64 = np.uint16, np.uint32, np.uint64
+_u8, _u16, _u32, _u64 = np.uint8, np.uint16, np.uint32, np.uint64
 _f32, _f64 = np.float32, np.float64
 _size = np.uintp
 
@@ -64,28 +64,46 @@ def _no_number(pattern):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def difference(tuned, base, hi, lo):  # type: ignore[no-untyped-def]
-    """``hi`` and ``lo`` of tuned − base, as ``numerics.difference``, all uint16 of one length.
-    Returns how many elements changed, how many ``lo`` are not 0, whether all are numbers, and,
-    if so, whether base + ``hi`` is tuned again wherever ``lo`` is 0."""
-    changed, tails, odd, off = _u32(0), _u32(0), _u32(0), _u32(0)
+def difference(tuned, base, hi, tails):  # type: ignore[no-untyped-def]
+    """``hi`` of tuned − base, as ``numerics.difference``, all uint16 of one length, and in
+    ``tails`` (uint8) where ``lo`` is not 0. Returns how many elements changed, whether all are
+    numbers, and, if so, whether base + ``hi`` is tuned again wherever ``lo`` is 0."""
+    changed, odd, off = _u32(0), _u32(0), _u32(0)
     for i in range(tuned.size):
-        x, y = _wide(tuned[i]), _wide(base[i])
-        # The negated reverse: equal numbers give −0.0, which is "no change".
-        total = -(y - x)
-        high = _narrow(total)
-        back = total - x
-        error = (x - (total - back)) - (back + y)
-        rest = _f32((total - _wide(high)) + error)
-        low = _u16(rest.view(_u32) >> _u32(16))  # exact: it is a bf16 number
-        hi[i], lo[i] = high, low
+        high, rest = _two_parts(tuned[i], base[i])
+        hi[i], tails[i] = high, _u8(rest != _f32(0))
         changed = _u32(changed + _u32(tuned[i] != base[i]))
-        tails = _u32(tails + _u32(low != 0))
         odd |= _no_number(high)  # as it is where tuned or base is none
         # Without ``lo``, ``hi`` is the difference itself, and adding it gives the very number back:
         # only a zero's sign can be another. A sum is −0.0 where both terms are.
         off |= _u32(tuned[i] == _u16(0x8000)) & _u32(base[i] != _u16(0x8000))
-    return changed, tails, odd == 0, off == 0
+    return changed, odd == 0, off == 0
+
+
+@_compiled
+def tail(tuned, base, elements, lo):  # type: ignore[no-untyped-def]
+    """``lo`` (uint16) of tuned − base at ``elements``. Returns whether base + ``hi`` + ``lo`` is
+    tuned again, and a number, at all of those."""
+    restored = True
+    for j in range(elements.size):
+        i = elements[j]
+        high, rest = _two_parts(tuned[i], base[i])
+        lo[j] = _u16(_f32(rest).view(_u32) >> _u32(16))  # exact: it is a bf16 number
+        result = _exact_sum(base[i], high, lo[j])
+        restored &= (result == tuned[i]) & (_no_number(result) == 0)
+    return restored
+
+
+@_compiled
+def _two_parts(tuned, base):  # type: ignore[no-untyped-def]
+    """tuned − base as ``hi`` (bf16) and ``lo`` (float32): Knuth's sum, rounded to bf16."""
+    x, y = _wide(tuned), _wide(base)
+    # The negated reverse: equal numbers give −0.0, which is "no change".
+    total = -(y - x)
+    high = _narrow(total)
+    back = total - x
+    error = (x - (total - back)) - (back + y)
+    return high, _f32((total - _wide(high)) + error)
 
 
 @_compiled
@@ -110,18 +128,6 @@ def add_tail(target, hi, elements, lo, out):  # type: ignore[no-untyped-def]
         out[i] = _exact_sum(target[i], hi[i], lo[j])
         odd |= _no_number(out[i])
     return odd == 0
-
-
-@_compiled
-def tail_restores(tuned, base, hi, elements, lo):  # type: ignore[no-untyped-def]
-    """Whether ``base`` + ``hi`` + ``lo`` is ``tuned`` again, and a number, at ``elements``, which
-    ``lo`` is given for."""
-    for j in range(elements.size):
-        i = elements[j]
-        result = _exact_sum(base[i], hi[i], lo[j])
-        if result != tuned[i] or _no_number(result):
-            return False
-    return True
 
 
 @_compiled

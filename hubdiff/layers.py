@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
 from hubdiff.encodings import SEGMENT
 from hubdiff.encodings.payload import index_bytes, write_index
-from hubdiff.hashing import Lane, StreamHash, tensor_hash
+from hubdiff.files import LocalReader
+from hubdiff.hashing import hash_reader, tensor_hash
 from hubdiff.manifest import FileRecord, Part
 from hubdiff.safetensors_io import DTYPE_BITS, build_header, tensor_bytes
 from hubdiff.stream import unit_bytes
@@ -153,21 +155,24 @@ class LayerWriter:
         if (self._room - len(header)) * _FILLED <= body.end:
             header = build_header(tensors, _metadata(self._group), room=self._room)
         down = self._room - len(header)
-        digest = StreamHash(body.end - down)
-        digest.update(0, header)
-        with disk_errors(body.path), Lane() as lane:
+        size = body.end - down
+        with disk_errors(body.path):
             write_all(body.fd, header, 0)
-            for position, piece in _pieces(body.fd, body.begin, body.end):
-                lane.catch_up()
-                lane.feed(digest, position - down, piece)
-                if down:
-                    write_all(body.fd, piece, position - down)
-                    begin_writeback(body.fd, position - down, len(piece))
-            lane.catch_up()
-            os.ftruncate(body.fd, body.end - down)
+            if down:
+                _move(body.fd, body.begin, body.end, down)
+            os.ftruncate(body.fd, size)
+            with closing(LocalReader(body.path)) as written:
+                digest = hash_reader(written)
             # A folder that is published holds nothing that a power cut could still take.
             os.fsync(body.fd)
-        return FileRecord(body.path.name, body.end - down, digest.digest() or "")
+        return FileRecord(body.path.name, size, digest)
+
+
+def _move(fd: int, begin: int, end: int, down: int) -> None:
+    """Move the bytes from ``begin`` to ``end`` so many places down."""
+    for position, piece in _pieces(fd, begin, end):
+        write_all(fd, piece, position - down)
+        begin_writeback(fd, position - down, len(piece))
 
 
 def _pieces(fd: int, begin: int, end: int) -> Iterator[tuple[int, bytes]]:

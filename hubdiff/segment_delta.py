@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hubdiff import kernels
+from hubdiff.encodings import dense
 from hubdiff.encodings.tails import Tail
 from hubdiff.safetensors_io import DTYPE_BITS
 
@@ -69,15 +70,16 @@ def _same(tuned: np.ndarray, base: np.ndarray) -> bool:
 
 def _compare_bf16(tuned: np.ndarray, base: np.ndarray) -> Comparison | None:
     """None where the general way is needed."""
-    hi, lo = np.empty_like(tuned), np.empty_like(tuned)
-    changed, tails, numbers, restored = kernels.difference(tuned, base, hi, lo)
+    hi, tails = np.empty_like(tuned), np.empty(tuned.size, np.bool_)
+    changed, numbers, restored = kernels.difference(tuned, base, hi, tails.view(np.uint8))
     if not (numbers and restored):  # a NaN, an Inf, a zero that changed its sign
         return None
-    tail = Tail.of(lo) if tails else None
-    if tail and not kernels.tail_restores(tuned, base, hi, *tail):
+    elements = dense.where(tails)
+    tail = Tail(elements, np.empty(elements.size, np.uint16))
+    if not kernels.tail(tuned, base, *tail):
         return None
     squares = kernels.square(hi), kernels.square(base)
-    return Comparison(hi, tail, None, changed, *squares)
+    return Comparison(hi, tail if elements.size else None, None, changed, *squares)
 
 
 def _compare_any(tuned: Floats, base: Floats, master: Floats | None, dtype: str) -> Comparison:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hubdiff import kernels, numerics
+from hubdiff.encodings import dense
 from hubdiff.numerics import Difference
 from hubdiff.segment_delta import Floats, _compare_any, compare
 
@@ -28,14 +29,21 @@ def floats(bits: np.ndarray) -> torch.Tensor:
 
 
 def difference(tuned: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-    hi, lo = np.empty_like(tuned), np.empty_like(tuned)
-    changed, tails, numbers, restored = kernels.difference(tuned, base, hi, lo)
+    hi, tails = np.empty_like(tuned), np.empty(tuned.size, np.uint8)
+    changed, numbers, restored = kernels.difference(tuned, base, hi, tails)
     assert changed == np.count_nonzero(tuned != base)
-    assert tails == np.count_nonzero(lo)
+    elements = np.flatnonzero(tails)
+    patterns = np.empty(elements.size, np.uint16)
+    tail_restored = kernels.tail(tuned, base, elements, patterns)
+    lo = np.zeros_like(tuned)
+    lo[elements] = patterns
     if numbers:
+        assert patterns.all()
         total = np.empty_like(tuned)
         kernels.add(base, hi, total)
         assert restored == np.array_equal(total[lo == 0], tuned[lo == 0])
+        kernels.add_tail(base, hi, elements, patterns, total)
+        assert tail_restored == np.array_equal(total[elements], tuned[elements])
     return hi, lo, numbers
 
 
@@ -163,3 +171,12 @@ def test_it_works_where_nothing_can_be_cached(tmp_path):
         check=True,
     )
     assert done.stdout.strip() == "9.0"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 400), st.sampled_from([0, 0.01, 0.1, 0.5, 1]), st.integers(0, 2**32 - 1))
+def test_positions_are_those_of_numpy(size, share, seed):
+    mask = np.random.default_rng(seed).random(size) < share
+    positions = dense.where(mask)
+    assert positions.dtype == np.int64
+    assert np.array_equal(positions, np.flatnonzero(mask))

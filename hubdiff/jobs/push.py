@@ -7,13 +7,14 @@ import io
 import json
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hubdiff import card, picture
 from hubdiff._version import __version__
 from hubdiff.adapter import CONFIG, Adapter, is_adapter, open_adapter, place_adapter
 from hubdiff.card import PICTURE, delta_card
@@ -36,7 +37,7 @@ from hubdiff.manifest import (
 )
 from hubdiff.names import HEADS
 from hubdiff.pair import Filters, Pair, pair_models
-from hubdiff.picture import layer_picture, prepare
+from hubdiff.picture import layer_picture
 from hubdiff.progress import Progress, Silent
 from hubdiff.provenance import code_provenance
 from hubdiff.ranks import ALONE, Ranks
@@ -388,10 +389,11 @@ class _Push:
         tuned_files, not_carried = self._tuned_side_files()
         self._base_configs()
         manifest = replace(self._manifest(extracted, tuned_files, not_carried), lossy=lossy)
-        document = json.loads(manifest.to_json())
+        text = manifest.to_json()
+        document = json.loads(text)
         self._put(PICTURE, _picture(document))
         self._put("README.md", self._card(document))
-        self._put(MANIFEST, manifest.to_json().encode())
+        self._put(MANIFEST, text.encode())
         return manifest
 
     def _extract(
@@ -406,7 +408,7 @@ class _Push:
                 sample=self._sample,
                 progress=progress,
                 ranks=self._ranks,
-                meanwhile=prepare if self._ranks.first else None,
+                meanwhile=_prepare if self._ranks.first else None,
             )
             return extracted, None
         from hubdiff.factored import extract_adapter, extract_truncated
@@ -519,14 +521,22 @@ class _Push:
         }
 
     def _card(self, document: dict[str, Any]) -> bytes:
-        card = delta_card(
+        text = delta_card(
             document,
             repo=self._destination.repo,
             name=self._destination.path.name if self._destination.path else None,
             tuned_card=facts(self._pair.tuned.tree).card_data,
             base_card=facts(self._pair.base.tree).card_data,
         )
-        return card.encode()
+        return text.encode()
+
+
+def _prepare() -> None:
+    """Load what the delta is described with: a third of a second, for when a core is idle."""
+    picture.prepare()
+    card.prepare()
+    with suppress(ImportError):  # no git program: hubdiff.provenance
+        import git  # noqa: F401
 
 
 def _check_worth(extracted: Extracted) -> None:
