@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import jinja2
 
 PICTURE = "layers.png"
-_DELTA_CARD = "delta_card.md"
 _FILES_SHOWN = 5
 _ERRORS_SHOWN = 10
 _TOKENS_SHOWN = 20
@@ -54,11 +53,6 @@ def template(name: str) -> str:
         if (folder / name).is_file():
             return (folder / name).read_text(encoding="utf-8")
     raise FileNotFoundError(f"hubdiff was installed without its template {name}: reinstall it")
-
-
-def prepare() -> None:
-    """Compile the template of a delta's card: for when there is time."""
-    _compiled(_DELTA_CARD)
 
 
 def delta_card(
@@ -96,7 +90,7 @@ def delta_card(
         **_parents([base], "adapter"),
     }
     return _render(
-        _DELTA_CARD,
+        "delta_card.md",
         metadata,
         title=title,
         published=repo is not None,

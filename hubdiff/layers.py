@@ -11,17 +11,16 @@ when all are written, and until then they have names of their own.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
 from hubdiff.encodings import SEGMENT
 from hubdiff.encodings.payload import index_bytes, write_index
-from hubdiff.files import LocalReader
-from hubdiff.hashing import hash_reader, tensor_hash
+from hubdiff.hashing import tensor_hash
 from hubdiff.manifest import FileRecord, Part
 from hubdiff.safetensors_io import DTYPE_BITS, build_header, tensor_bytes
 from hubdiff.stream import unit_bytes
@@ -161,11 +160,12 @@ class LayerWriter:
             if down:
                 _move(body.fd, body.begin, body.end, down)
             os.ftruncate(body.fd, size)
-            with closing(LocalReader(body.path)) as written:
-                digest = hash_reader(written)
+            digest = hashlib.sha256()
+            for _, piece in _pieces(body.fd, 0, size):
+                digest.update(piece)
             # A folder that is published holds nothing that a power cut could still take.
             os.fsync(body.fd)
-        return FileRecord(body.path.name, size, digest)
+        return FileRecord(body.path.name, size, digest.hexdigest())
 
 
 def _move(fd: int, begin: int, end: int, down: int) -> None:

@@ -7,14 +7,13 @@ import io
 import json
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hubdiff import card, picture
 from hubdiff._version import __version__
 from hubdiff.adapter import CONFIG, Adapter, is_adapter, open_adapter, place_adapter
 from hubdiff.card import PICTURE, delta_card
@@ -37,7 +36,7 @@ from hubdiff.manifest import (
 )
 from hubdiff.names import HEADS
 from hubdiff.pair import Filters, Pair, pair_models
-from hubdiff.picture import layer_picture
+from hubdiff.picture import layer_picture, prepare
 from hubdiff.progress import Progress, Silent
 from hubdiff.provenance import code_provenance
 from hubdiff.ranks import ALONE, Ranks
@@ -408,7 +407,7 @@ class _Push:
                 sample=self._sample,
                 progress=progress,
                 ranks=self._ranks,
-                meanwhile=_prepare if self._ranks.first else None,
+                meanwhile=prepare if self._ranks.first else None,
             )
             return extracted, None
         from hubdiff.factored import extract_adapter, extract_truncated
@@ -529,14 +528,6 @@ class _Push:
             base_card=facts(self._pair.base.tree).card_data,
         )
         return text.encode()
-
-
-def _prepare() -> None:
-    """Load what the delta is described with: a third of a second, for when a core is idle."""
-    picture.prepare()
-    card.prepare()
-    with suppress(ImportError):  # no git program: hubdiff.provenance
-        import git  # noqa: F401
 
 
 def _check_worth(extracted: Extracted) -> None:
