@@ -89,14 +89,14 @@ def _no_picture() -> Iterator[None]:
     """No picture on the cards of deltas made in this process: to draw it takes longer than all the
     rest of a small push."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hubdiff.jobs.push.layer_picture", lambda tensors, file: None)
+        patch.setattr("hubdiff.jobs.making.layer_picture", lambda tensors, file: None)
         yield
 
 
 @pytest.fixture
 def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawn all the same, for what is compared with another process's."""
-    monkeypatch.setattr("hubdiff.jobs.push.layer_picture", layer_picture)
+    monkeypatch.setattr("hubdiff.jobs.making.layer_picture", layer_picture)
 
 
 @pytest.fixture(scope="session")

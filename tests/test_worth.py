@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import hubdiff
 from hubdiff.errors import NotWorthIt
-from hubdiff.jobs.push import WORTH
+from hubdiff.jobs.making import WORTH
 
 SHAPE = (4096, 4096)  # 34 MB: below 16 MiB of delta nobody is asked
 
