@@ -20,11 +20,6 @@ from hubdiff.cli._errors import speak
 from hubdiff.cli._output import Session
 from hubdiff.memory import leave_garbage, seldom_collect_garbage
 
-# A thread that hashes or compresses comes back to the interpreter every few milliseconds, and waits
-# this long for one that is busy with Python, as it is while a library is imported: Python's own
-# 0.005 made the end of a push-delta of two gigabytes 0.1 s longer.
-SWITCH_SECONDS = 0.0002
-
 COMMANDS = {
     "push-delta": "push_delta",
     "check": "check",
@@ -96,7 +91,6 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     seldom_collect_garbage()
-    sys.setswitchinterval(SWITCH_SECONDS)
     for stream in (sys.stdout, sys.stderr):
         # A terminal that can't show "‖Δ‖" shows "?" there, and no command fails for it.
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
