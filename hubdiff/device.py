@@ -246,6 +246,8 @@ class _Blob:
         parsed = packed.parse(blob, self._count)
         if isinstance(parsed, packed.Gaps):
             return self._gaps(parsed)
+        if isinstance(parsed, packed.Bitmap):
+            return self._bitmap(parsed)
         return self._dense(parsed, self._count)
 
     def _joined(self, streams: list[Stream]) -> Tensor:
@@ -278,16 +280,18 @@ class _Blob:
         if isinstance(dense, Constant):
             return self._full(count, dense.symbol)
         if isinstance(dense, Signs):
-            return self._dense(dense.rest, count) ^ self._flips(dense.flips, count)
+            flips = self._bits(dense.flips, count).short() * -0x8000
+            return self._dense(dense.rest, count) ^ flips
         return self._ranks(dense) if isinstance(dense, Ranks) else self._symbols(dense)
 
     def _full(self, count: int, symbol: int) -> Tensor:
         signed = symbol - (1 << 16) if symbol >> 15 else symbol
         return torch.full((count,), signed, dtype=torch.int16, device=self._device)
 
-    def _flips(self, flips: Stream, count: int) -> Tensor:
-        bits = self._load(flips)[:, None] >> torch.arange(8, device=self._device)
-        return (bits.view(-1)[:count] & 1).short() * -0x8000
+    def _bits(self, stream: Stream, count: int) -> Tensor:
+        """The first bits of a stream as bool, the lowest of each byte first."""
+        bits = self._load(stream)[:, None] >> torch.arange(8, device=self._device)
+        return (bits.view(-1)[:count] & 1).bool()
 
     def _symbols(self, symbols: Symbols) -> Tensor:
         rotated = self._joined([symbols.low, symbols.high])
@@ -303,9 +307,19 @@ class _Blob:
         found = table.index_select(0, ranks.int())
         if parsed.escaped is None:
             return found
-        escaped = self._dense(parsed.escaped, parsed.escapes)
-        nth = (is_escape.cumsum(0, dtype=torch.int32) - 1).clamp_(0, parsed.escapes - 1)
-        return torch.where(is_escape, escaped.index_select(0, nth), found)
+        return self._filled(found, is_escape, parsed.escaped, parsed.escapes)
+
+    def _bitmap(self, bitmap: packed.Bitmap) -> Tensor:
+        marks = self._bits(bitmap.marks, self._count)
+        self.wrong.append(marks.sum() != bitmap.count)
+        common = self._full(self._count, bitmap.common)
+        return self._filled(common, marks, bitmap.others, bitmap.count)
+
+    def _filled(self, symbols: Tensor, marks: Tensor, dense: Dense, count: int) -> Tensor:
+        """``symbols``, and where ``marks`` are set the ``count`` of a dense blob in order."""
+        others = self._dense(dense, count)
+        nth = (marks.cumsum(0, dtype=torch.int32) - 1).clamp_(0, count - 1)
+        return torch.where(marks, others.index_select(0, nth), symbols)
 
     def _gaps(self, gaps: packed.Gaps) -> Tensor:
         out = self._full(self._count, gaps.common)

@@ -210,6 +210,26 @@ def where(words, marks, positions):  # type: ignore[no-untyped-def]
 
 
 @_compiled
+def to_others(symbols, marks, others):  # type: ignore[no-untyped-def]
+    """Fill ``others`` with the ``symbols`` (uint16) where ``marks`` (uint8) are 1 and not 0, and one
+    element more with anything: no branch, which half of the marks would mispredict."""
+    found = _size(0)
+    for i in range(symbols.size):
+        others[found] = symbols[i]
+        found = _size(found + _size(marks[i]))
+
+
+@_compiled
+def from_others(others, marks, common, out):  # type: ignore[no-untyped-def]
+    """Fill ``out`` from what ``to_others`` made, the element more included, and ``common``."""
+    found = _size(0)
+    for i in range(out.size):
+        mark = marks[i]
+        out[i] = _u16(common ^ _u16(_u16(others[found] ^ common) * _u16(mark)))
+        found = _size(found + _size(mark))
+
+
+@_compiled
 def to_gaps(positions, fine_bits, coarse, fine):  # type: ignore[no-untyped-def]
     """The distances between ``positions`` (int64, rising) as FORMAT.md, "packed", has them: fills
     ``fine`` and the start of ``coarse`` (uint8), and returns how many bytes of that it needed."""

@@ -134,7 +134,7 @@ def symbols(seed: int, count: int, common: float, distinct: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("device", PLACES)
-@pytest.mark.parametrize("common", [0.0, 0.3, 0.6, 0.97, 0.9995, 1.0])
+@pytest.mark.parametrize("common", [0.0, 0.4, 0.6, 0.97, 0.9995, 1.0])
 @pytest.mark.parametrize("distinct", [8, 900, 60_000])
 @pytest.mark.parametrize("count", [1, 2, 5000, 100_003])
 def test_every_variant_of_packed_is_decoded_alike(common, distinct, count, device):
@@ -188,6 +188,11 @@ def gaps(others: int, coarse: bytes, fine_bits: int = 0, fine: bytes = b"") -> b
     return head + b"\x01" + 2 * raw(bytes(others))
 
 
+def bitmap(others: int, marks: bytes) -> bytes:
+    head = struct.pack("<BH", 5, 0x8000) + write_varint(others) + raw(marks)
+    return head + b"\x01" + 2 * raw(bytes(others))
+
+
 @pytest.mark.parametrize("device", PLACES)
 @pytest.mark.parametrize(
     ("blob", "says"),
@@ -207,6 +212,9 @@ def gaps(others: int, coarse: bytes, fine_bits: int = 0, fine: bytes = b"") -> b
         (gaps(2, b"\x00\xff"), "the gaps are not 2"),
         (gaps(1, b"\xff\xff\x5a"), "the gaps reach place 600 of 600"),
         (gaps(1, b"\xfe", 8, b"\x00"), "the gaps reach place 65024 of 600"),
+        (bitmap(1, bytes(75)), "the bitmap marks 0 symbols, 1 are declared"),
+        (bitmap(2, bytes(74) + b"\x07"), "the bitmap marks 3 symbols, 2 are declared"),
+        (bitmap(0, bytes(75)), "the number of others is 0, expected 1 to 600"),
         (b"\x07", "variant 7"),
         (gaps(1, b"\x00") + b"\x00", "1 bytes follow"),
     ],

@@ -69,6 +69,8 @@ CASES = {
     "packed-signs": (_hash(500, 4) >> 17).astype(np.uint16)[_skewed(9000, 500, 5)]
     | (_hash(9000, 8) & 0x8000).astype(np.uint16),
     "packed-gaps": _sparse(40_000, 100, 20),
+    "packed-bitmap": _sparse(5000, 2, 50),
+    "packed-bitmap-long": _sparse(40_000, 3, 55),
     "packed-far-gaps": _sparse(300_000, 3000, 40),
     "planes-8": _floats(1500, np.uint8, 60),
     "planes-16": _floats(1500, np.uint16, 63),
@@ -89,6 +91,8 @@ VARIANTS = {
     "packed-ranks": 2,
     "packed-signs": 3,
     "packed-gaps": 4,
+    "packed-bitmap": 5,
+    "packed-bitmap-long": 5,
     "tail-anywhere": tails.ANYWHERE,
     "tail-together": tails.TOGETHER,
     "tail-apart": tails.APART,

@@ -17,7 +17,7 @@ from hubdiff.encodings._frames import write_varint
 from hubdiff.errors import CorruptPayload
 
 PACKED = ENCODINGS["packed"]
-CONSTANT, DIRECT, RANKS, SIGNS, GAPS = range(5)
+CONSTANT, DIRECT, RANKS, SIGNS, GAPS, BITMAP = range(6)
 UNCHANGED = 0x8000
 
 Delta = Callable[[int, float], np.ndarray]
@@ -44,11 +44,13 @@ def _at(positions: list[int], count: int) -> np.ndarray:
     ("step", "unchanged", "variant", "bound"),
     [
         (2e-7, 0.9975, GAPS, 1.3),
-        (1.7e-5, 0.80, GAPS, 1.07),
-        (6.5e-5, 0.45, RANKS, 1.07),
-        (2.2e-4, 0.16, RANKS, 1.07),
-        (1.2e-3, 0.03, SIGNS, 1.07),
-        (4e-3, 0.01, SIGNS, 1.07),
+        (1.2e-5, 0.86, GAPS, 1.04),
+        (2e-5, 0.78, BITMAP, 1.03),
+        (6.5e-5, 0.45, BITMAP, 1.03),
+        (1e-4, 0.32, BITMAP, 1.03),
+        (2.2e-4, 0.16, RANKS, 1.03),
+        (1.2e-3, 0.03, SIGNS, 1.02),
+        (4e-3, 0.01, SIGNS, 1.02),
     ],
 )
 def test_differences_come_close_to_their_entropy(
@@ -110,14 +112,38 @@ def test_any_positions_come_back(positions: set[int]) -> None:
     np.testing.assert_array_equal(_decode(blob, bits.size), bits)
 
 
-@pytest.mark.parametrize("share", [0.0005, 0.01, 0.03, 0.09, 0.11, 0.3, 0.5, 0.51, 0.9])
-def test_every_density_comes_back(share: float) -> None:
-    """Positions are found in two ways, by density; both are exact."""
+@pytest.mark.parametrize("share", [0.0005, 0.01, 0.03, 0.09, 0.19, 0.21, 0.3, 0.5, 0.71, 0.9])
+@pytest.mark.parametrize("count", [7, 1001, 100_003])
+def test_every_density_comes_back(share: float, count: int) -> None:
     rng = np.random.default_rng(5)
-    bits = np.full(100_003, UNCHANGED, np.uint16)
+    bits = np.full(count, UNCHANGED, np.uint16)
     hits = rng.random(bits.size) < share
     bits[hits] = rng.geometric(0.01, int(hits.sum()))
     np.testing.assert_array_equal(_decode(PACKED.encode(bits), bits.size), bits)
+
+
+def test_changes_in_blocks_are_no_larger_as_a_bitmap() -> None:
+    """Half of a segment untouched, as rows of an embedding: most bytes of the bitmap are 0."""
+    rng = np.random.default_rng(8)
+    bits = np.full(SEGMENT, UNCHANGED, np.uint16)
+    rows = bits.reshape(512, -1)
+    touched = rng.random(len(rows)) < 0.5
+    rows[touched] = rng.geometric(0.05, (int(touched.sum()), rows.shape[1]))
+    blob = PACKED.encode(bits)
+    assert blob[0] == BITMAP
+    assert len(blob) < 1.02 * _order0_bytes(rows[touched].ravel())
+
+
+def test_a_sample_that_misleads_costs_no_bit() -> None:
+    """What the sample sees nine times in ten is rare, and what it takes for rare is half of all."""
+    step = (1 << 18 >> 12) | 1
+    for seen, elsewhere in ((0.9, 0.1), (0.5, 0.02), (0.1, 0.9)):
+        rng = np.random.default_rng(9)
+        share = np.full(1 << 18, elsewhere)
+        share[::step] = seen
+        bits = rng.integers(0, 300, share.size).astype(np.uint16)
+        bits[rng.random(share.size) < share] = UNCHANGED
+        np.testing.assert_array_equal(_decode(PACKED.encode(bits), bits.size), bits)
 
 
 def test_escapes_at_every_density_come_back() -> None:
@@ -163,6 +189,10 @@ def _gaps(
     return head + write_varint(max(0, len(coarse) - others)) + _raw(coarse) + fine + values
 
 
+def _bitmap(marked: int, marks: bytes, others: bytes) -> bytes:
+    return struct.pack("<BH", BITMAP, UNCHANGED) + write_varint(marked) + _raw(marks) + others
+
+
 @pytest.mark.parametrize(
     ("blob", "expected"),
     [
@@ -187,6 +217,10 @@ def _gaps(
             _gaps(2, b"\x01\x00", _direct(3, 4), 3, b"\x2a"),
             [*[UNCHANGED] * 10, 3, *[UNCHANGED] * 5, 4],
         ),
+        (_bitmap(1, b"\x04", _direct(3)), [UNCHANGED, UNCHANGED, 3, UNCHANGED]),
+        (_bitmap(3, b"\x07", _direct(3, 4, 5)), [3, 4, 5]),
+        (_bitmap(2, b"\x01\x01", _signs(b"\x02", _direct(3, 4))), [3, *[UNCHANGED] * 7, 0x8004]),
+        (_bitmap(1, b"\xf2", _direct(3)), [UNCHANGED, 3, UNCHANGED, UNCHANGED]),
     ],
 )
 def test_blobs_written_by_hand_are_read(blob: bytes, expected: list[int]) -> None:
@@ -196,7 +230,7 @@ def test_blobs_written_by_hand_are_read(blob: bytes, expected: list[int]) -> Non
 @pytest.mark.parametrize(
     ("blob", "says"),
     [
-        (b"\x05", "variant 5"),
+        (b"\x06", "variant 6"),
         (b"\xff\x00\x00", "variant 255"),
         (struct.pack("<BB", CONSTANT, 5), "the symbol needs 2 bytes"),
         (bytes([DIRECT]) + _raw(bytes(601)), "low bytes of the symbols stores 601 bytes for 600"),
@@ -226,11 +260,32 @@ def test_blobs_written_by_hand_are_read(blob: bytes, expected: list[int]) -> Non
         (_gaps(1, b"\x00", _gaps(1, b"\x00", _direct(3))), "variant 4"),
         (_gaps(1, b"\x00", b""), "the variant of the symbols needs 1 bytes"),
         (_gaps(1, b"\x00", _direct(3)) + b"\x00", "1 bytes follow"),
+        (_bitmap(0, bytes(75), b""), "the number of others is 0, expected 1 to 600"),
+        (_bitmap(601, b"\xff" * 75, b""), "the number of others is 601, expected 1 to 600"),
+        (_bitmap(1, bytes(76), _direct(3)), "the bitmap stores 76 bytes for 75"),
+        (_bitmap(1, bytes(75), _direct(3)), "the bitmap marks 0 symbols, 1 are declared"),
+        (_bitmap(1, bytes(73) + b"\x03\x00", _direct(3)), "marks 2 symbols, 1 are declared"),
+        (_bitmap(1, b"\x01" + bytes(74), b""), "the variant of the others needs 1 bytes"),
+        (_bitmap(1, b"\x01" + bytes(74), _direct(3, 4)), "the symbols"),
+        (_bitmap(1, b"\x01" + bytes(74), _bitmap(1, b"\x01", _direct(3))), "variant 5"),
+        (_bitmap(1, b"\x01" + bytes(74), _direct(3)) + b"\x00", "1 bytes follow"),
     ],
 )
 def test_impossible_blobs_are_refused_by_name(blob: bytes, says: str) -> None:
     with pytest.raises(CorruptPayload, match=says):
         _decode(blob, 600)
+
+
+def test_the_most_expensive_bitmap_costs_a_small_multiple() -> None:
+    count = 1 << 18
+    blob = _bitmap(count, b"\xff" * (count // 8), _signs(bytes(count // 8), _direct(*[1] * count)))
+    out = np.empty(count, np.uint16)
+    tracemalloc.start()
+    PACKED.decode(blob, out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert out.tolist() == [1] * count
+    assert peak < 6 * out.nbytes
 
 
 @pytest.mark.parametrize("fine_bits", [0, 16])
