@@ -211,8 +211,8 @@ def where(words, marks, positions):  # type: ignore[no-untyped-def]
 
 @_compiled
 def to_others(symbols, marks, others):  # type: ignore[no-untyped-def]
-    """Fill ``others`` with the ``symbols`` (uint16) where ``marks`` (uint8) are 1 and not 0, and one
-    element more with anything: no branch, which half of the marks would mispredict."""
+    """Fill ``others`` with the ``symbols`` (uint16) where ``marks`` (uint8) are 1 and not 0, and
+    one element more with anything: no branch, which half of the marks would mispredict."""
     found = _size(0)
     for i in range(symbols.size):
         others[found] = symbols[i]

@@ -105,12 +105,6 @@ _MOST_BARS = 24
 _LABEL = "‖Δ‖ / ‖base‖"
 
 
-def prepare() -> None:
-    """Import the drawing library, which takes a fifth of a second: for when there is time."""
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure  # noqa: F401
-
-
 def layer_picture(
     tensors: Iterable[Mapping[str, Any]],
     file: str | PathLike[str] | BinaryIO,

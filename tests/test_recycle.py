@@ -41,7 +41,7 @@ FAST = tuple(f"{key}={value}" for key, value in SETTINGS.items())
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hubdiff.jobs.making._picture", lambda _: b"")
+    monkeypatch.setattr("hubdiff.jobs.making.layer_picture", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def made_by_hand(family: Path, folder: Path, method: str) -> Path:
 @pytest.fixture(scope="module")
 def by_hand(family: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hubdiff.jobs.making._picture", lambda _: b"")
+        patched.setattr("hubdiff.jobs.making.layer_picture", lambda *_: None)
         return {
             method: made_by_hand(family, tmp_path_factory.mktemp(method), method)
             for method in ("iterative", "direct")
@@ -150,7 +150,7 @@ def test_direct_over_one_base_is_one_fine_tune(here: Path, by_hand: dict[str, Pa
 def _finished(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(shutil.copytree(family, tmp_path_factory.mktemp("finished") / "family"))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hubdiff.jobs.making._picture", lambda _: b"")
+        patched.setattr("hubdiff.jobs.making.layer_picture", lambda *_: None)
         hubdiff.recycle(write_plan(folder, "./v1"))
     return folder
 

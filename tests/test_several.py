@@ -38,7 +38,7 @@ METHODS = [
 
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hubdiff.jobs.making._picture", lambda _: b"")
+    monkeypatch.setattr("hubdiff.jobs.making.layer_picture", lambda *_: None)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing would take most of the time here; test_picture.py does it."""
-    monkeypatch.setattr("hubdiff.jobs.making._picture", lambda _: b"")
+    monkeypatch.setattr("hubdiff.jobs.making.layer_picture", lambda *_: None)
 
 
 def sibling(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> Tensors:

@@ -27,7 +27,7 @@ FULL = 10**9  # bytes that any factors are below
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """matplotlib would take most of the time."""
-    monkeypatch.setattr("hubdiff.jobs.making._picture", lambda _: b"")
+    monkeypatch.setattr("hubdiff.jobs.making.layer_picture", lambda *_: None)
 
 
 def pair(folder: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, Path]:

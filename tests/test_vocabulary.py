@@ -32,7 +32,7 @@ SPECIALS = ["<s>", "</s>", "<unk>"]
 @pytest.fixture(autouse=True)
 def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing would take most of the time here; test_picture.py does it."""
-    monkeypatch.setattr("hubdiff.jobs.making._picture", lambda _: b"")
+    monkeypatch.setattr("hubdiff.jobs.making.layer_picture", lambda *_: None)
 
 
 class World(NamedTuple):

@@ -33,7 +33,7 @@ from hubdiff.manifest import (
 )
 from hubdiff.names import HEADS
 from hubdiff.pair import Pair
-from hubdiff.picture import layer_picture, prepare
+from hubdiff.picture import layer_picture
 from hubdiff.progress import Progress
 from hubdiff.provenance import code_provenance
 from hubdiff.ranks import Ranks
@@ -85,6 +85,7 @@ class Making:
         self._destination, self._progress = destination, progress
         self._ranks = ranks
         self._sample = _choose_sample(pair, adapter)
+        self._picture = b""
         self._same_tokens = False
         self.files: list[FileRecord] = []
 
@@ -116,9 +117,8 @@ class Making:
         self._base_configs()
         manifest = replace(self._manifest(extracted, tuned_files, not_carried), lossy=lossy)
         text = manifest.to_json()
-        document = json.loads(text)
-        self._put(PICTURE, _picture(document))
-        self._put("README.md", self._card(document))
+        self._put(PICTURE, self._picture)
+        self._put("README.md", self._card(json.loads(text)))
         self._put(MANIFEST, text.encode())
         return manifest
 
@@ -134,15 +134,24 @@ class Making:
                 sample=self._sample,
                 progress=progress,
                 ranks=self._ranks,
-                meanwhile=prepare if self._ranks.first else None,
+                meanwhile=self._draw if self._ranks.first else None,
             )
             return extracted, None
         from hubdiff.factored import extract_adapter, extract_truncated
 
+        lossy = None
         if self._adapter is not None:
-            return extract_adapter(self._adapter, folder, self._sample, progress), None
-        assert truncation is not None
-        return extract_truncated(pair, folder, truncation, self._sample, progress)
+            extracted = extract_adapter(self._adapter, folder, self._sample, progress)
+        else:
+            assert truncation is not None
+            extracted, lossy = extract_truncated(pair, folder, truncation, self._sample, progress)
+        self._draw(extracted.tensors)
+        return extracted, lossy
+
+    def _draw(self, tensors: Sequence[TensorRecord]) -> None:
+        file = io.BytesIO()
+        layer_picture((asdict(record) for record in tensors), file)
+        self._picture = file.getvalue()
 
     def _put(self, path: str, data: bytes) -> FileRecord:
         record = self._sink.put(path, data)
@@ -348,9 +357,3 @@ def _index(extracted: Extracted) -> bytes:
     total = sum(part.bytes for part in parts if part)
     index = {"metadata": {"total_size": total}, "weight_map": extracted.weight_map}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _picture(document: dict[str, Any]) -> bytes:
-    file = io.BytesIO()
-    layer_picture(document["tensors"], file)
-    return file.getvalue()
