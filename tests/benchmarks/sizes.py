@@ -128,19 +128,17 @@ def measure_pair(base: Path, tuned: Path, place: Path, others: Peers) -> Row:
 def hubdiff_sizes(folder: Path, entropies: dict[str, float]) -> Row:
     """Files on disk; and of the matrices alone, without embeddings, payload over entropy."""
 
-    def size(pattern: str) -> int:
-        return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file())
-
     manifest = json.loads((folder / "hubdiff.json").read_text(encoding="utf-8"))
+    layers = {g: sum(f["size"] for f in files) for g, files in manifest["layers"].items()}
     payload = entropy = 0.0
     for tensor in manifest["tensors"]:
         if len(tensor["shape"]) == 2 and "embed" not in tensor["name"]:
             payload += sum(part["bytes"] for part in tensor["parts"])
             entropy += entropies[tensor["name"]]
     return {
-        "layers": size("*.safetensors"),
-        "exact": size("exact-*.safetensors"),
-        "repo": size("*"),
+        "layers": sum(layers.values()),
+        "exact": layers["exact"],
+        "repo": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
         "matrices": payload / entropy,
     }
 
