@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +54,6 @@ from hubdiff.writer import disk_errors
 # Units of each tensor that tell how far the tuned model itself can be compressed.
 _SAMPLE = 1 << 15
 _PENDING = "0" * 64  # a hash that is known only when the payload is whole
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,14 @@ Layers = dict[str, tuple[LayerFile, ...]]  # by group
 
 @dataclass(frozen=True)
 class _Compared:
-    """One file of the tuned model: by content, and its tensors."""
+    """One file of the tuned model: by content, its tensors, and their layers once these are
+    finished."""
 
     weights: FileRecord
     tensors: tuple[TensorRecord, ...]
     compressed: int
     sampled: dict[str, Sampled]
+    layers: Layers = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> _Compared:
@@ -106,16 +107,19 @@ class _Compared:
             tuple(_tensor(record) for record in document["tensors"]),
             document["compressed"],
             {name: Sampled(**values) for name, values in document["sampled"].items()},
+            {
+                group: tuple(
+                    LayerFile(FileRecord(**file["record"]), tuple(file["tensors"]))
+                    for file in files
+                )
+                for group, files in document["layers"].items()
+            },
         )
 
 
 def _tensor(document: dict[str, Any]) -> TensorRecord:
     parts = tuple(Part(**{**p, "layers": tuple(p["layers"])}) for p in document["parts"])
     return TensorRecord(**{**document, "shape": tuple(document["shape"]), "parts": parts})
-
-
-def _layer_file(document: dict[str, Any]) -> LayerFile:
-    return LayerFile(FileRecord(**document["record"]), tuple(document["tensors"]))
 
 
 @dataclass
@@ -147,8 +151,8 @@ def extract(
 ) -> Extracted:
     """Write the layer files of ``pair`` into ``folder``, of several ranks each its share. ``plain``
     stores Δ as dense tensors. Without ``hash_base`` no more of the base is read than the pair
-    needs, and no file of it is known by content. ``meanwhile`` is called with all that was
-    compared while the last layers are hashed, which leaves a core idle."""
+    needs, and no file of it is known by content. ``meanwhile`` is called with what this rank
+    compared while its last layers are hashed, which leaves a core idle."""
     shards = pair.tuned.shards
     mine = ranks.share(list(shards), lambda file: shards[file].file_size)
     if any(needs_torch(item) for item in pair.tensors.values()):
@@ -160,18 +164,13 @@ def extract(
     progress.start("comparing tuned and base", sum(shards[file].file_size for file in mine))
     base_hashes = FileHashes(pair.base)
     worker = _Worker(pair, plain, sample)
-    with ThreadPoolExecutor(1, thread_name_prefix="hubdiff-finish") as finishing:
-        done = _compare(pair, folder, mine, worker, base_hashes, progress, finishing)
-        progress.finish()
-        own = {file: asdict(one) for file, (one, _) in done.items()}
-        everyone = _united(ranks.gather(own, "comparing"))
-        compared = [_Compared.from_json(everyone[file]) for file in shards]
-        if meanwhile is not None:
-            meanwhile([record for one in compared for record in one.tensors])
-        finished = {file: layers.result() for file, (_, layers) in done.items()}
-    layers = _everyones_layers(finished, ranks)
+    done = _compare(pair, folder, mine, worker, base_hashes, progress, meanwhile)
+    progress.finish()
+    given = ranks.gather({file: asdict(one) for file, one in done.items()}, "comparing")
+    everyone = {file: one for rank in given for file, one in rank.items()}
+    compared = [_Compared.from_json(everyone[file]) for file in shards]
     base_files = _base_files(pair, compared, base_hashes, ranks) if hash_base else ()
-    return _number(folder, compared, [layers[file] for file in shards], mine, base_files)
+    return _number(folder, compared, mine, base_files)
 
 
 def _compare(
@@ -181,59 +180,46 @@ def _compare(
     worker: _Worker,
     base_hashes: FileHashes,
     progress: Progress,
-    finishing: ThreadPoolExecutor,
-) -> dict[str, tuple[_Compared, Future[Layers]]]:
-    """The files of the tuned model that are ``mine``, and their layers: while a file is compared,
-    those of the one before are hashed and get to the disk."""
+    meanwhile: Callable[[Sequence[TensorRecord]], None] | None,
+) -> dict[str, _Compared]:
+    """The files of the tuned model that are ``mine``. While one is compared, the layers of the one
+    before are hashed and get to the disk."""
     shards = pair.tuned.shards
     remote = any(
         side.tree.is_remote(file) for side in (pair.tuned, pair.base) for file in side.shards
     )
     workers = workers_for(remote=remote)
-    found: dict[str, tuple[_Compared, Future[Layers]]] = {}
-    for source, (file, header) in enumerate(shards.items()):
-        if file not in mine:
-            continue
-        with ExitStack() as opened:
-            collector = opened.enter_context(
-                _Collector(pair, source, header, folder, worker.parts, base_hashes, progress)
-            )
-            progress.advance(len(header.raw))
-            run_ordered(blocks(file, header), worker.work, collector.take, workers)
-            compared = collector.compared(file)
-            for _, earlier in found.values():
-                earlier.result()  # an error isn't held back, and no more than one file waits
-            found[file] = compared, finishing.submit(collector.finish)
-            opened.pop_all()  # it closes itself now
-    return found
-
-
-def _everyones_layers(finished: dict[str, Layers], ranks: Ranks) -> dict[str, Layers]:
-    own = {
-        file: {group: [asdict(one) for one in files] for group, files in layers.items()}
-        for file, layers in finished.items()
-    }
-    return {
-        file: {group: tuple(map(_layer_file, files)) for group, files in layers.items()}
-        for file, layers in _united(ranks.gather(own, "finishing the layers")).items()
-    }
+    found: dict[str, _Compared] = {}
+    layers: dict[str, Future[Layers]] = {}
+    with ThreadPoolExecutor(1, thread_name_prefix="hubdiff-finish") as finishing:
+        for source, (file, header) in enumerate(shards.items()):
+            if file not in mine:
+                continue
+            with ExitStack() as opened:
+                collector = opened.enter_context(
+                    _Collector(pair, source, header, folder, worker.parts, base_hashes, progress)
+                )
+                progress.advance(len(header.raw))
+                run_ordered(blocks(file, header), worker.work, collector.take, workers)
+                found[file] = collector.compared(file)
+                for earlier in layers.values():
+                    earlier.result()  # an error isn't held back, and no more than one file waits
+                layers[file] = finishing.submit(collector.finish)
+                opened.pop_all()  # it closes itself now
+        if meanwhile is not None:
+            meanwhile([record for one in found.values() for record in one.tensors])
+        return {file: replace(one, layers=layers[file].result()) for file, one in found.items()}
 
 
 def _number(
-    folder: Path,
-    compared: list[_Compared],
-    written: list[Layers],
-    mine: list[str],
-    base_files: tuple[FileRecord, ...],
+    folder: Path, compared: list[_Compared], mine: list[str], base_files: tuple[FileRecord, ...]
 ) -> Extracted:
     """Give the layer files their names; those that are here get them on the disk too."""
     layers: dict[str, tuple[FileRecord, ...]] = {}
     weight_map: dict[str, str] = {}
     here = set()
     for group in GROUPS:
-        files = [
-            (one, file) for one, own in zip(compared, written, strict=True) for file in own[group]
-        ]
+        files = [(one, file) for one in compared for file in one.layers[group]]
         names = number(group, [file for _, file in files])
         for name, (one, file) in zip(names, files, strict=True):
             if one.weights.path in mine:
@@ -272,9 +258,8 @@ def _base_files(
     return tuple(hashes.record(file, known[file]) for file in shards)
 
 
-def _united(given: list[dict[str, T]]) -> dict[str, T]:
-    """What the ranks found, by file."""
-    return {file: found for rank in given for file, found in rank.items()}
+def _united(given: list[dict[str, str]]) -> dict[str, str]:
+    return {file: digest for rank in given for file, digest in rank.items()}
 
 
 class _Worker:

@@ -37,6 +37,7 @@ SIGN = 1 << 15
 # Measured on differences of bf16 models: with more escapes than this, signs apart are as small and
 # faster, since fewer escape then; and with more of those than the second, `direct` is smaller.
 _MANY_ESCAPES, _MOST_ESCAPES = 0.05, 0.35
+_FEWER = 0.8  # of the escapes, at most, must be left for signs apart to be worth it
 # Fixed costs decide in short lists. Up to the first size every variant is tried, and up to the
 # second whether tables pay at all.
 _TINY, SMALL = 1 << 9, 1 << 14
@@ -63,7 +64,8 @@ def _encode_sampled(bits: np.ndarray) -> bytes:
     table, escapes = _sampled_table(sample)
     if escapes > _MANY_ESCAPES and (sample >= SIGN).any():
         unsigned_table, unsigned_escapes = _sampled_table(_magnitudes(sample))
-        if unsigned_escapes <= _MOST_ESCAPES:
+        # Where one sign is commoner than the other, apart they cost a bit each and save nothing.
+        if unsigned_escapes <= min(_MOST_ESCAPES, _FEWER * escapes):
             return _encode_signs(bits, _encode_ranks(_magnitudes(bits), unsigned_table))
     return _encode_direct(bits) if escapes > _MOST_ESCAPES else _encode_ranks(bits, table)
 

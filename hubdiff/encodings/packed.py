@@ -1,11 +1,11 @@
 """``packed``: 16-bit symbols close to their order-0 entropy, in standard zstd frames.
 
 Made for differences of 16-bit floats, where a few hundred bit patterns make up nearly everything
-and often one of them ("unchanged") much of it. What a segment is, that one decides:
+and often one of them ("unchanged") much of it. How much, decides what a segment is stored as:
 
-- a dense blob   where no symbol is common: Huffman codes have whole bits, and lose little on others
-- a bitmap       which symbols are the common one, a bit each, and a dense blob of the others
-- gaps           where nearly all are the common one: the places of the others
+- a dense blob   no symbol is common: Huffman codes have whole bits, and lose little on rare ones
+- a bitmap       a bit per symbol, whether it is the common one, and a dense blob of the others
+- gaps           nearly all are the common one: the places of the others
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Packed:
         differs = bits != common
         others = int(np.count_nonzero(differs))
         if share < _WORTH_GAPS or 2 * others > bits.size:
-            return _encode_bitmap(bits, common, differs)
+            return _encode_bitmap(bits, common, differs, others)
         return _encode_gaps(bits, common, differs) if others else dense.encode(bits)
 
     def decode(self, blob: bytes | memoryview, out: np.ndarray) -> None:
@@ -56,8 +56,8 @@ class Packed:
 
 
 def _commonest(bits: np.ndarray) -> tuple[int, float]:
-    """The commonest symbol of a sample, and how much of that it fills. It is the true one whenever
-    it fills clearly more than half.
+    """The commonest symbol of a sample, and how much of that it fills. A bitmap or gaps can be made
+    of any symbol: if the sample misleads, that costs bytes and nothing else.
 
     The stride is odd, so that a pattern in the columns of a matrix can't hide it.
     """
@@ -72,7 +72,7 @@ def _variants(bits: np.ndarray, common: int) -> Iterator[bytes]:
     differs = bits != common
     others = int(np.count_nonzero(differs))
     if others:
-        yield _encode_bitmap(bits, common, differs)
+        yield _encode_bitmap(bits, common, differs, others)
     if 0 < 2 * others <= bits.size:
         yield _encode_gaps(bits, common, differs)
 
@@ -82,10 +82,10 @@ def _encode_gaps(bits: np.ndarray, common: int, differs: np.ndarray) -> bytes:
     return _head(GAPS, common) + places.encode(positions, bits[positions], bits.size)
 
 
-def _encode_bitmap(bits: np.ndarray, common: int, differs: np.ndarray) -> bytes:
+def _encode_bitmap(bits: np.ndarray, common: int, differs: np.ndarray, count: int) -> bytes:
+    """``count`` of them differ."""
     from hubdiff import kernels  # compiled code: not for those who only look at a manifest
 
-    count = int(np.count_nonzero(differs))
     others = np.empty(count + 1, np.uint16)
     kernels.to_others(bits, differs.view(np.uint8), others)
     marks = write_stream(np.packbits(differs, bitorder="little"))

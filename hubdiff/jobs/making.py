@@ -117,6 +117,8 @@ class Making:
         self._base_configs()
         manifest = replace(self._manifest(extracted, tuned_files, not_carried), lossy=lossy)
         text = manifest.to_json()
+        if not self._picture:
+            self._draw(extracted.tensors)
         self._put(PICTURE, self._picture)
         self._put("README.md", self._card(json.loads(text)))
         self._put(MANIFEST, text.encode())
@@ -134,19 +136,16 @@ class Making:
                 sample=self._sample,
                 progress=progress,
                 ranks=self._ranks,
-                meanwhile=self._draw if self._ranks.first else None,
+                # Of several ranks none has all tensors then.
+                meanwhile=self._draw if self._ranks.size == 1 else None,
             )
             return extracted, None
         from hubdiff.factored import extract_adapter, extract_truncated
 
-        lossy = None
         if self._adapter is not None:
-            extracted = extract_adapter(self._adapter, folder, self._sample, progress)
-        else:
-            assert truncation is not None
-            extracted, lossy = extract_truncated(pair, folder, truncation, self._sample, progress)
-        self._draw(extracted.tensors)
-        return extracted, lossy
+            return extract_adapter(self._adapter, folder, self._sample, progress), None
+        assert truncation is not None
+        return extract_truncated(pair, folder, truncation, self._sample, progress)
 
     def _draw(self, tensors: Sequence[TensorRecord]) -> None:
         file = io.BytesIO()

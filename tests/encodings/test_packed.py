@@ -153,7 +153,21 @@ def test_escapes_at_every_density_come_back() -> None:
         rare = rng.random(bits.size) < share
         bits[rare] = rng.integers(1000, 60_000, int(rare.sum()))
         blob = PACKED.encode(bits)
-        assert blob[0] == (SIGNS if share == 0.2 else RANKS)
+        assert blob[0] == RANKS
+        np.testing.assert_array_equal(_decode(blob, bits.size), bits)
+
+
+def test_signs_are_apart_only_where_that_saves_escapes() -> None:
+    rng = np.random.default_rng(6)
+    steps = (rng.standard_cauchy(1 << 17) * 60).clip(-32_000, 32_000).astype(np.int16)
+    magnitudes = np.abs(steps).astype(np.uint16)
+    for bits, variant in (
+        (magnitudes | ((steps < 0) * 0x8000).astype(np.uint16), SIGNS),  # as floats have them
+        (steps.view(np.uint16), RANKS),  # two's complement
+        (((steps << 1) ^ (steps >> 15)).view(np.uint16), RANKS),  # zigzag
+    ):
+        blob = PACKED.encode(bits)
+        assert blob[0] == variant
         np.testing.assert_array_equal(_decode(blob, bits.size), bits)
 
 
