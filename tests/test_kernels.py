@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hubdiff import kernels, numerics
-from hubdiff.encodings import dense
+from hubdiff.encodings import dense, tails
 from hubdiff.numerics import Difference
 from hubdiff.segment_delta import Floats, _compare_any, compare
 
@@ -29,10 +29,10 @@ def floats(bits: np.ndarray) -> torch.Tensor:
 
 
 def difference(tuned: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-    hi, tails = np.empty_like(tuned), np.empty(tuned.size, np.uint8)
-    changed, numbers, restored = kernels.difference(tuned, base, hi, tails)
+    hi, marks = np.empty_like(tuned), np.empty(tuned.size, np.uint8)
+    changed, numbers, restored = kernels.difference(tuned, base, hi, marks)
     assert changed == np.count_nonzero(tuned != base)
-    elements = np.flatnonzero(tails)
+    elements = np.flatnonzero(marks)
     patterns = np.empty(elements.size, np.uint16)
     tail_restored = kernels.tail(tuned, base, elements, patterns)
     lo = np.zeros_like(tuned)
@@ -180,3 +180,37 @@ def test_positions_are_those_of_numpy(size, share, seed):
     positions = dense.where(mask)
     assert positions.dtype == np.int64
     assert np.array_equal(positions, np.flatnonzero(mask))
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, *(kernels._MANY_RANKS + i for i in range(-2, 3))])
+def test_every_rank_is_looked_up(size):
+    rng = np.random.default_rng(size)
+    table = rng.integers(0, 1 << 16, 256, np.uint16)
+    ranks = rng.integers(0, 256, size, np.uint8)
+    out = np.empty(size, np.uint16)
+    kernels.from_ranks(ranks, table, out)
+    assert np.array_equal(out, table[ranks])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.sampled_from([0, 0.1, 0.9]), st.integers(0, 2**32 - 1))
+def test_elements_are_counted_kind_by_kind(size, unchanged, seed):
+    rng = np.random.default_rng(seed)
+    hi = rng.integers(0, 1 << 16, size, np.uint16)
+    hi[rng.random(size) < unchanged] = 0x8000
+    words, before = tails.find_kinds(hi)
+    zeros = [(pattern | 8) & -(pattern | 8) for pattern in hi.tolist()]
+    by_kind = [
+        [i for i in range(size) if zeros[i] == 1 << kind and hi[i] != 0x8000]
+        for kind in range(tails.KINDS)
+    ]
+    assert before[-1].tolist() == [len(found) for found in by_kind]
+    in_order = np.array([i for found in by_kind for i in found], np.int64)
+    chosen = np.flatnonzero(rng.random(in_order.size) < 0.5)
+    elements = np.empty(chosen.size, np.int64)
+    kernels.from_places(words, before, chosen, elements)
+    assert np.array_equal(elements, in_order[chosen])
+    places, kinds = np.empty(chosen.size, np.int64), np.empty(chosen.size, np.uint8)
+    kernels.to_places(words, before, elements, places, kinds)
+    starts = np.cumsum([0, *(len(found) for found in by_kind)])
+    assert np.array_equal(starts[kinds] + places, chosen)

@@ -2,7 +2,7 @@
 
 ``lo`` is what ``hi`` had no digits for, and few elements have one. Which do, shows in ``hi``: where
 nothing changed there is none, and a ``hi`` that ends in zeros is mostly exact. So the places of
-tails may be counted among the changed elements only, kind by kind (``kernels.count_kinds``); and
+tails may be counted among the changed elements only, kind by kind (``kernels.find_kinds``); and
 their exponents are counted from that of ``hi``. This takes a seventh to a third off the tails, of
 which sparse deltas and long training have up to a tenth; where they are next to nothing, places
 among all elements are read in a quarter of the time.
@@ -26,7 +26,7 @@ EXPONENTS = {"BF16": 0x7F80, "F16": 0x7C00}  # the bits of the exponent
 
 # Measured: kinds are worth their time where there is more than one tail for so many bytes of hi,
 # and a list of its own for each kind from so many tails on.
-_WORTH_KINDS, _WORTH_APART = 128, 1 << 12
+_WORTH_KINDS, _WORTH_APART = 128, 1 << 13
 
 _NOWHERE, _NOTHING = np.empty(0, np.int64), np.empty(0, np.uint16)
 
@@ -65,10 +65,10 @@ def encode(tail: Tail, hi: np.ndarray, dtype: str, stored: int) -> bytes:
 def _encode_by_kind(elements: np.ndarray, symbols: np.ndarray, hi: np.ndarray) -> bytes:
     from hubdiff import kernels
 
-    before = count_before(hi)
+    words, before = find_kinds(hi)
     found = np.empty(elements.size, np.int64)
     kinds = np.empty(elements.size, np.uint8)
-    kernels.to_places(hi, before, elements, found, kinds)
+    kernels.to_places(words, before, elements, found, kinds)
     order = np.argsort(kinds, kind="stable")
     found, kinds, symbols = found[order], kinds[order], symbols[order]
     totals = before[-1]
@@ -83,14 +83,16 @@ def _encode_by_kind(elements: np.ndarray, symbols: np.ndarray, hi: np.ndarray) -
     return bytes([APART]) + b"".join(lists)
 
 
-def count_before(hi: np.ndarray) -> np.ndarray:
-    """How many elements of each kind there are before each block of ``kernels.BLOCK``, and in the
-    last row altogether: int32, blocks + 1 × ``KINDS``."""
+def find_kinds(hi: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The kinds of all elements, eight to a word; and how many of each kind there are before each
+    block, in the last row altogether: int32, blocks + 1 × ``KINDS``."""
     from hubdiff import kernels
 
-    before = np.zeros((-(-hi.size // kernels.BLOCK) + 1, KINDS), np.int32)
-    kernels.count_kinds(hi, before)
-    return before
+    blocks = -(-hi.size // kernels.BLOCK)
+    words = np.empty(blocks * kernels.BLOCK // 8, np.uint64)
+    before = np.zeros((blocks + 1, KINDS), np.int32)
+    kernels.find_kinds(hi, words, before)
+    return words, before
 
 
 def relative(these: np.ndarray, hi: np.ndarray, dtype: str) -> np.ndarray:
@@ -129,11 +131,11 @@ def decode(blob: bytes | memoryview, hi: np.ndarray, dtype: str) -> Tail:
     if parsed.variant == ANYWHERE:
         elements, symbols = _read(parsed.lists, [hi.size])
     else:
-        before = count_before(hi)
+        words, before = find_kinds(hi)
         totals = before[-1].tolist()
         found, symbols = _read(parsed.lists, totals if parsed.variant == APART else [sum(totals)])
         elements = np.empty(found.size, np.int64)
-        kernels.from_places(hi, before, found, elements)
+        kernels.from_places(words, before, found, elements)
     theirs = hi[elements]
     patterns = relative(symbols, theirs, dtype)
     if (theirs == dense.SIGN).any() or not patterns.all():

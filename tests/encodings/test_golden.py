@@ -83,7 +83,7 @@ CASES = {
 TAILS = {
     "tail-anywhere": (_differences(3000, 80), 90),
     "tail-together": (_differences(3000, 80), 20),
-    "tail-apart": (_differences(20_000, 100), 3),
+    "tail-apart": (_differences(40_000, 100), 3),
 }
 VARIANTS = {
     "packed-constant": 0,

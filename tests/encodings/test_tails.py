@@ -93,7 +93,7 @@ def _pair(count: int, step: float) -> tuple[np.ndarray, np.ndarray]:
     ("step", "variant", "share"),
     [
         (2e-6, tails.TOGETHER, 0.8),
-        (2e-4, tails.APART, 0.8),
+        (5e-4, tails.APART, 0.8),
         (5e-3, tails.APART, 0.85),
     ],
 )
