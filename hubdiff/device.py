@@ -354,7 +354,8 @@ class _Blob:
 
 
 def _kinds(hi: Tensor) -> tuple[Tensor, Tensor]:
-    """The kind of each element, as ``kernels.find_kinds`` has it, and how many are of each."""
+    """The kind of each element by number, ``KINDS`` where it has none, and how many there are of
+    each kind."""
     kinds = torch.full_like(hi, tails.KINDS - 1, dtype=torch.uint8)
     for zeros in reversed(range(tails.KINDS - 1)):
         kinds[(hi & ((2 << zeros) - 1)) == 1 << zeros] = zeros

@@ -194,8 +194,8 @@ _MANY_RANKS = 1 << 15
 def from_ranks(ranks, table, out):  # type: ignore[no-untyped-def]
     """``out[i] = table[ranks[i]]``: uint8 through a table of 256 uint16.
 
-    Two at a time in a table of all pairs, in 0.7 of the time. That has 256 KB, but most ranks are
-    small: few of the pairs are in use."""
+    Two at a time in a table of all pairs, in 0.7 of the time for a segment whose ranks are mostly
+    small: that table has 256 KB, and few of the pairs are in use."""
     done = _size(0)
     if ranks.size >= _MANY_RANKS:
         pairs = np.empty(1 << 16, _u32)
@@ -310,12 +310,12 @@ _ONES, _TOPS = _u64(0x0101010101010101), _u64(0x8080808080808080)
 
 @_compiled
 def find_kinds(hi, words, before):  # type: ignore[no-untyped-def]
-    """The kinds of the elements of ``hi`` (uint16), which ``encodings.tails`` explains: of each a
-    byte, in which the bit of its kind is set, or none; eight to a word in ``words`` (uint64, whole
-    blocks). And ``before[b + 1, kind]``: how many are of that kind in blocks 0 to b. All without a
-    branch."""
+    """The kinds of the elements of ``hi`` (uint16): as many as zeros its pattern ends in, 3 for
+    more, and none for −0.0. Of each a byte, in which the bit of its kind is set, or none; eight to
+    a word in ``words`` (uint64, whole blocks). And ``before[b + 1, kind]``: how many are of that
+    kind in blocks 0 to b. All without a branch."""
     kinds = words.view(_u8)
-    words[max(0, words.size - 8) :] = 0
+    words[max(0, words.size - 8) :] = 0  # the last block may not be full
     for i in range(hi.size):
         pattern = hi[i]
         lowest = _u16(pattern & _u16(-pattern))
@@ -337,7 +337,7 @@ def _marks(word, kind):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _sum(word):  # type: ignore[no-untyped-def]
-    """That of its bytes, if it is below 256."""
+    """The sum of a word's bytes, if it is below 256."""
     return _i64((word * _ONES) >> _u64(56))
 
 
@@ -358,7 +358,7 @@ def to_places(words, before, elements, places, kinds):  # type: ignore[no-untype
 @_compiled
 def from_places(words, before, places, elements):  # type: ignore[no-untyped-def]
     """The elements at ``places`` (int64, rising), counted kind by kind, below the number of all:
-    fills ``elements`` (int64)."""
+    fills ``elements`` (int64). Made for tails, which a tenth of all elements have at most."""
     kind, block, start = 0, 0, 0
     totals = before[-1]
     for i in range(places.size):

@@ -270,19 +270,20 @@ def _render_ranks(parsed: Ranks, out: np.ndarray) -> None:
     from hubdiff import kernels
 
     ranks, size = parsed.ranks.content(), parsed.table.length
-    escapes = where(ranks == ESCAPE)
+    is_escape = ranks == ESCAPE
+    escapes = int(np.count_nonzero(is_escape))
     # With a full table only an escape can be as large as it.
-    if size < ESCAPE and int(np.count_nonzero(ranks >= size)) != escapes.size:
+    if size < ESCAPE and int(np.count_nonzero(ranks >= size)) != escapes:
         raise _fail(parsed, f"a rank is beyond the table of {size}")
-    if parsed.escapes != escapes.size:
-        raise _fail(parsed, f"the ranks have {escapes.size} escapes, {parsed.escapes} are declared")
+    if parsed.escapes != escapes:
+        raise _fail(parsed, f"the ranks have {escapes} escapes, {parsed.escapes} are declared")
     table = np.zeros(256, np.uint16)
     _render_symbols(parsed.table, table[:size])
     kernels.from_ranks(ranks, table, out)
     if parsed.escaped is not None:
-        escaped = np.empty(escapes.size, np.uint16)
+        escaped = np.empty(escapes, np.uint16)
         render(parsed.escaped, escaped)
-        out[escapes] = escaped
+        out[where(is_escape)] = escaped
 
 
 def _fail(ranks: Ranks, what: str) -> CorruptPayload:
