@@ -203,11 +203,11 @@ def from_ranks(ranks, table, out):  # type: ignore[no-untyped-def]
             upper = _u32(_u32(table[second]) << _u32(16))
             for first in range(256):
                 pairs[256 * second + first] = _u32(upper | _u32(table[first]))
-        for i in range(_size(ranks.size // 2)):
+        done = _size(ranks.size // 2 * 2)
+        for i in range(_size(done // 2)):
             here, after = _size(2 * i), _size(2 * i + 1)
             pair = pairs[_u32(_u32(ranks[here]) | _u32(_u32(ranks[after]) << _u32(8)))]
             out[here], out[after] = _u16(pair), _u16(pair >> _u32(16))
-        done = _size(ranks.size // 2 * 2)
     for i in range(done, _size(ranks.size)):
         out[i] = table[ranks[i]]
 

@@ -193,12 +193,17 @@ def test_every_rank_is_looked_up(size):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 400), st.sampled_from([0, 0.1, 0.9]), st.integers(0, 2**32 - 1))
-def test_elements_are_counted_kind_by_kind(size, unchanged, seed):
+@given(
+    st.integers(1, 400) | st.integers(1, 5000),
+    st.sampled_from([0, 0.1, 0.9, 0.999]),
+    st.sampled_from([0.01, 0.5, 1]),
+    st.integers(0, 2**32 - 1),
+)
+def test_elements_are_counted_kind_by_kind(size, unchanged, share, seed):
     rng = np.random.default_rng(seed)
     hi = rng.integers(0, 1 << 16, size, np.uint16)
     hi[rng.random(size) < unchanged] = 0x8000
-    words, before = tails.find_kinds(hi)
+    words, before = tails.kinds_of(hi)
     zeros = [(pattern | 8) & -(pattern | 8) for pattern in hi.tolist()]
     by_kind = [
         [i for i in range(size) if zeros[i] == 1 << kind and hi[i] != 0x8000]
@@ -206,7 +211,7 @@ def test_elements_are_counted_kind_by_kind(size, unchanged, seed):
     ]
     assert before[-1].tolist() == [len(found) for found in by_kind]
     in_order = np.array([i for found in by_kind for i in found], np.int64)
-    chosen = np.flatnonzero(rng.random(in_order.size) < 0.5)
+    chosen = np.flatnonzero(rng.random(in_order.size) < share)
     elements = np.empty(chosen.size, np.int64)
     kernels.from_places(words, before, chosen, elements)
     assert np.array_equal(elements, in_order[chosen])

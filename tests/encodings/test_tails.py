@@ -104,6 +104,16 @@ def test_it_is_smaller_than_lo_alone(step: float, variant: int, share: float) ->
     assert len(blob) < share * len(ENCODINGS["packed"].encode(lo))
 
 
+@pytest.mark.parametrize("step", [2e-6, 6e-5, 2e-4])
+def test_lists_of_each_kind_may_have_any_length(
+    step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many tails are worth lists of their own is for the writer to say."""
+    monkeypatch.setattr(tails, "_WORTH_APART", 0)
+    hi, lo = _pair(SEGMENT, step)
+    assert _there_and_back(lo, hi)[0] == tails.APART
+
+
 def test_few_tails_are_placed_anywhere() -> None:
     hi, lo = _pair(SEGMENT, 6e-5)
     stored = len(ENCODINGS["packed"].encode(hi))
