@@ -3,6 +3,7 @@ their judge is right. What they measure is not measured here."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -25,6 +26,8 @@ import transfer_report as report  # noqa: E402
 
 NAMES = ("encodings", "forecasts", "network", "real_llm", "sizes", "speed", "startup")
 NAMES += ("transfer_matrix",)
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="what memory holds is Linux's to say")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,6 +70,65 @@ def test_the_judge_rounds_once() -> None:
     exact = np.array([tie, tie + trace, tie - trace, -tie - trace, 0.0, 1.5])
     wanted = [0x3F80, 0x3F81, 0x3F80, 0xBF81, 0x0000, 0x3FC0]
     assert speed.nearest(exact).tolist() == wanted
+
+
+@linux
+def test_the_filling_takes_memory_and_no_disk(tmp_path: Path) -> None:
+    with harness.filler(tmp_path) as filling:
+        found = os.fstat(filling.fileno())
+        assert found.st_size == harness.memory("MemTotal") > 0
+        assert found.st_blocks == 0
+        assert not list(tmp_path.iterdir())
+
+
+def test_memory_is_filled_from_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until enough is full, however much that needs, but no further than once round the file."""
+    piece = harness.PIECE
+    path = tmp_path / "filling"
+    path.touch()
+    os.truncate(path, 3 * piece)
+    free = [3 * piece, 2 * piece, 0]
+    monkeypatch.setattr(harness, "memory", lambda kind: {"MemFree": free[0]}[kind])
+    with path.open("rb", buffering=0) as filling:
+        harness._fill_memory(filling)
+        assert filling.tell() == 3 * piece
+        filling.seek(piece)
+        harness._fill_memory(filling)
+        assert filling.tell() == piece
+        monkeypatch.setattr(harness, "memory", lambda kind: free.pop(0))
+        harness._fill_memory(filling)
+        assert filling.tell() == 3 * piece
+
+
+@linux
+def test_only_inputs_are_cached(tmp_path: Path) -> None:
+    probe, models, filling = tmp_path / "probe", tmp_path / "models", tmp_path / "filling"
+    for file in (probe, models / "reads" / "in", models / "other" / "out"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bytes(1 << 20))
+    filling.touch()
+    with filling.open("rb", buffering=0) as opened:
+        harness.settle(tmp_path, [probe.parent / "nothing"], opened)
+        if cached(probe):
+            pytest.skip("this file system keeps its files in memory, or does not say")
+        harness.settle(models, [models / "reads"], opened)
+    assert cached(models / "reads" / "in")
+    assert not cached(models / "other" / "out")
+
+
+def cached(file: Path) -> bool:
+    """Whether a first byte can be read without waiting for a disk."""
+    fd = os.open(file, os.O_RDONLY)
+    try:
+        return os.preadv(fd, [bytearray(1)], 0, os.RWF_NOWAIT) == 1
+    except BlockingIOError:
+        return False
+    except OSError:  # RWF_NOWAIT is not known there
+        return True
+    finally:
+        os.close(fd)
 
 
 # --- the matrix of transfers ---

@@ -22,11 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -41,6 +42,9 @@ PEERS = {
     "zstandard": "0.25.0",
     "residuals": "0.3.2",
 }
+
+PIECE = 8 << 20  # bytes read at once
+KEPT_FREE = 0.03  # of memory: the kernel holds back less for itself
 
 Row = dict[str, Any]
 
@@ -158,7 +162,7 @@ def machine(others: Peers) -> Row:
     return {
         "cpu": _proc("cpuinfo", r"model name\s*:\s*(.+)") or platform.processor(),
         "cores": os.cpu_count(),
-        "memory_bytes": int(_proc("meminfo", r"MemTotal:\s*(\d+)") or 0) * 1024,
+        "memory_bytes": memory("MemTotal"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "commit": described.stdout.strip() or None,
@@ -173,35 +177,51 @@ def _proc(file: str, pattern: str) -> str:
     return found[1].strip() if found else ""
 
 
-def available_memory() -> int:
-    return int(_proc("meminfo", r"MemAvailable:\s*(\d+)") or 0) * 1024
+def memory(kind: str) -> int:
+    """Bytes that /proc/meminfo gives for ``kind``; 0 where there is none."""
+    return int(_proc("meminfo", rf"{kind}:\s*(\d+)") or 0) * 1024
 
 
-def touch_memory(nbytes: int) -> None:
-    """Write to free memory, as much as a measurement will use, and no more than 90 % of what is
-    free: the page cache stays. A virtual machine gives freed pages back to its host, and the first
-    touch of one after that costs ten times as much as all later ones: without this everyone would
-    pay for what the one before used."""
-    free = int(_proc("meminfo", r"MemFree:\s*(\d+)") or 0) * 1024
-    code = f"import numpy; numpy.zeros({min(nbytes, int(0.9 * free))}, 'u1')[::4096] = 1"
-    subprocess.run([sys.executable, "-c", code], check=True)
+@contextmanager
+def filler(folder: Path) -> Iterator[IO[bytes]]:
+    """A file as large as memory, without a name and all holes, so that it takes no disk."""
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        file.truncate(memory("MemTotal"))
+        yield file
 
 
-def settle(folder: Path, inputs: Sequence[Path]) -> None:
+def settle(folder: Path, inputs: Sequence[Path], filling: IO[bytes]) -> None:
     """The same start for everyone: what others wrote is on disk, ``folder`` is out of the page
-    cache but for ``inputs``, and those were read once just now (as far as memory holds them)."""
+    cache but for ``inputs``, those were read once just now (as far as memory holds them), and
+    ``filling`` is cached in all memory else, as old files are wherever a machine was on for long.
+
+    Were it free, a virtual machine would give it back to its host, beside whatever runs meanwhile;
+    and the first touch of a page after that costs ten times as much as all later ones."""
     os.sync()
     wanted = {file for path in inputs for file in ([path] if path.is_file() else path.rglob("*"))}
     for file in folder.rglob("*"):
         if file.is_file() and file not in wanted:
             with file.open("rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    piece = bytearray(8 << 20)
+    _fill_memory(filling)
+    piece = bytearray(PIECE)
     for file in sorted(wanted):
         if file.is_file():
             with file.open("rb", buffering=0) as opened:
                 while opened.readinto(piece):
                     pass
+
+
+def _fill_memory(filling: IO[bytes]) -> None:
+    """Read on, round and round, from where the last call stopped: that is what memory has dropped
+    since, and nothing is read twice, which would keep it longer than the inputs."""
+    piece = bytearray(PIECE)
+    left = total = os.fstat(filling.fileno()).st_size
+    while left > 0 and memory("MemFree") > KEPT_FREE * total:
+        read = filling.readinto(piece)
+        left -= read
+        if not read:
+            filling.seek(0)
 
 
 def order0_bytes(bits: np.ndarray) -> float:

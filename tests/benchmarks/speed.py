@@ -4,8 +4,8 @@
 
 Models are Llama-shaped with drawn weights (``drawn.py``), in folders; every command is a process of
 its own, timed from start to exit. Contenders take turns, one round after the other. Before each,
-disks are synced, the page cache holds its inputs and nothing else of ours, and free memory is
-touched, so that nobody pays for pages that a virtual machine gave back after the one before.
+disks are synced, and the page cache holds its inputs, nothing else of ours, and a file that nobody
+reads: memory is full, so that no virtual machine takes it back and nobody pays for getting it.
 
 "copy" reads what applying a plain delta reads and writes what it writes, without arithmetic; once
 as it is and once with an fsync at the end, as hubdiff has it and the peers do not. mergekit merges
@@ -26,6 +26,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -37,15 +38,15 @@ from harness import (
     Peers,
     Row,
     arguments,
-    available_memory,
+    filler,
     goals_table,
     main,
+    memory,
     origin,
     process,
     settle,
     spread,
     table,
-    touch_memory,
 )
 from safetensors import safe_open
 
@@ -129,7 +130,7 @@ def contenders(folder: Path, others: Peers, size: int) -> list[Contender]:
 
 
 def _residuals(others: Peers, size: int, folder: Path, program: str, *words: str) -> Row:
-    needed, free = RESIDUALS_MEMORY * size, available_memory()
+    needed, free = RESIDUALS_MEMORY * size, memory("MemAvailable")
     if needed > free:
         raise PeerFailed(f"needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} are free")
     return others.process("residuals", PROGRAMS / program, *words, cwd=folder)
@@ -153,20 +154,20 @@ def measure_size(gigabytes: float, folder: Path, others: Peers, runs: int) -> Ro
         contender.name: {"job": contender.name, "seconds": [], "cpu": [], "peak": []}
         for contender in everyone
     }
-    for number in range(runs):
-        for contender in everyone:
-            row = rows[contender.name]
-            if "failed" not in row:
-                _run(contender, folder, size, row, check=number == runs - 1)
+    with filler(folder.parent) as filling:
+        for number in range(runs):
+            for contender in everyone:
+                row = rows[contender.name]
+                if "failed" not in row:
+                    _run(contender, folder, filling, row, check=number == runs - 1)
     sizes = {name: _weights(folder / name) for name in ("delta", "plain", "residuals")}
     return {"model_bytes": size, "delta_bytes": sizes, "rows": list(rows.values())}
 
 
-def _run(contender: Contender, folder: Path, size: int, row: Row, *, check: bool) -> None:
+def _run(contender: Contender, folder: Path, filling: IO[bytes], row: Row, *, check: bool) -> None:
     made = folder / contender.makes
     shutil.rmtree(made, ignore_errors=True)
-    settle(folder, [folder / name for name in contender.reads])
-    touch_memory(8 * size)
+    settle(folder, [folder / name for name in contender.reads], filling)
     try:
         ran = contender.run()
     except PeerFailed as reason:
