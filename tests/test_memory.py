@@ -84,6 +84,31 @@ print(kept - resident() > 100 << 20)
     assert done.stdout.strip() == "True"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps and gives back")
+def test_freed_memory_is_used_again_by_any_thread() -> None:
+    """Six threads take turns: each finds what the one before freed."""
+    code = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+from hubdiff.memory import keep_freed_memory
+keep_freed_memory()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+everyone, turn = threading.Barrier(6), threading.Lock()
+def work():
+    everyone.wait()  # so that each job has a thread of its own
+    with turn:
+        np.ones(16 << 20, np.uint8)
+before = resident()
+with ThreadPoolExecutor(6) as pool:
+    [job.result() for job in [pool.submit(work) for _ in range(6)]]
+    print((resident() - before) >> 20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2 * 16
+
+
 def test_giving_back_nothing_is_no_error() -> None:
     give_back_freed_memory()
 
