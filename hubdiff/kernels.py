@@ -61,24 +61,54 @@ def _narrow(value):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _no_number(pattern):  # type: ignore[no-untyped-def]
-    return _u32((pattern & _u16(0x7F80)) == _u16(0x7F80))
+    return _u16((pattern & _u16(0x7F80)) == _u16(0x7F80))
+
+
+# Elements that several loops go over, one after the other, while they are in the nearest cache. A
+# loop takes as many at once as its widest value allows: counting along with floats, or squares with
+# either, would slow down all of it.
+_NEAR = 1 << 12
 
 
 @_compiled
 def difference(tuned, base, hi, tails):  # type: ignore[no-untyped-def]
     """``hi`` of tuned − base, as ``numerics.difference``, all uint16 of one length, and in
     ``tails`` (uint8) where ``lo`` is not 0. Returns how many elements changed, whether all are
-    numbers, and, if so, whether base + ``hi`` is tuned again wherever ``lo`` is 0."""
-    changed, odd, off = _u32(0), _u32(0), _u32(0)
+    numbers, and, if so, whether base + ``hi`` is tuned again wherever ``lo`` is 0, ‖hi‖² and
+    ‖base‖²."""
+    changed, numbers, restored, hi_square, base_square = 0, True, True, 0.0, 0.0
+    for begin in range(0, tuned.size, _NEAR):
+        end = begin + _NEAR
+        here, there, high = tuned[begin:end], base[begin:end], hi[begin:end]
+        _split_difference(here, there, high, tails[begin:end])
+        counted, odd, off = _check_difference(here, there, high)
+        changed += counted
+        numbers &= odd == 0
+        restored &= off == 0
+        hi_square += _square(high)
+        base_square += _square(there)
+    return changed, numbers, restored, hi_square, base_square
+
+
+@_compiled
+def _split_difference(tuned, base, hi, tails):  # type: ignore[no-untyped-def]
     for i in range(tuned.size):
         high, rest = _two_parts(tuned[i], base[i])
         hi[i], tails[i] = high, _u8(rest != _f32(0))
-        changed = _u32(changed + _u32(tuned[i] != base[i]))
-        odd |= _no_number(high)  # as it is where tuned or base is none
+
+
+@_compiled
+def _check_difference(tuned, base, hi):  # type: ignore[no-untyped-def]
+    """Of fewer than 2^16 elements how many changed, whether any is no number, and whether one is
+    another than base + ``hi`` although it has no ``lo``."""
+    changed, odd, off = _u16(0), _u16(0), _u16(0)
+    for i in range(tuned.size):
+        changed = _u16(changed + _u16(tuned[i] != base[i]))
+        odd = _u16(odd | _no_number(hi[i]))  # as it is where tuned or base is none
         # Without ``lo``, ``hi`` is the difference itself, and adding it gives the very number back:
         # only a zero's sign can be another. A sum is −0.0 where both terms are.
-        off |= _u32(tuned[i] == _u16(0x8000)) & _u32(base[i] != _u16(0x8000))
-    return changed, odd == 0, off == 0
+        off = _u16(off | _u16(_u16(tuned[i] == _u16(0x8000)) & _u16(base[i] != _u16(0x8000))))
+    return changed, odd, off
 
 
 @_compiled
@@ -114,7 +144,7 @@ def add(target, hi, out):  # type: ignore[no-untyped-def]
     for i in range(target.size):
         result = _narrow(_wide(target[i]) + _wide(hi[i]))
         out[i] = result
-        odd |= _no_number(result)
+        odd = _u32(odd | _u32(_no_number(result)))
     return odd == 0
 
 
@@ -179,6 +209,16 @@ def square(patterns):  # type: ignore[no-untyped-def]
     return total
 
 
+@_compiled_sum
+def _square(numbers):  # type: ignore[no-untyped-def]
+    """‖numbers‖²: without asking what they are, in less than half of the time."""
+    total = 0.0
+    for i in range(numbers.size):
+        value = _f64(_wide(numbers[i]))
+        total += value * value
+    return total
+
+
 @_compiled
 def to_ranks(symbols, rank_of, ranks):  # type: ignore[no-untyped-def]
     """``ranks[i] = rank_of[symbols[i]]``: uint16 through a table of 65,536 uint8."""
@@ -230,13 +270,13 @@ def where(words, marks, positions):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def to_others(symbols, marks, others):  # type: ignore[no-untyped-def]
-    """Fill ``others`` with the ``symbols`` (uint16) where ``marks`` (uint8) are 1 and not 0, and
-    one element more with anything: no branch, which half of the marks would mispredict."""
+def to_others(symbols, common, others):  # type: ignore[no-untyped-def]
+    """Fill ``others`` with the ``symbols`` (uint16) that are not ``common``, and one element more
+    with anything: no branch, which half of them would mispredict."""
     found = _size(0)
     for i in range(symbols.size):
         others[found] = symbols[i]
-        found = _size(found + _size(marks[i]))
+        found = _size(found + _size(symbols[i] != common))
 
 
 @_compiled

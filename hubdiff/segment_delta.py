@@ -71,14 +71,14 @@ def _same(tuned: np.ndarray, base: np.ndarray) -> bool:
 def _compare_bf16(tuned: np.ndarray, base: np.ndarray) -> Comparison | None:
     """None where the general way is needed."""
     hi, tails = np.empty_like(tuned), np.empty(tuned.size, np.bool_)
-    changed, numbers, restored = kernels.difference(tuned, base, hi, tails.view(np.uint8))
+    found = kernels.difference(tuned, base, hi, tails.view(np.uint8))
+    changed, numbers, restored, *squares = found
     if not (numbers and restored):  # a NaN, an Inf, a zero that changed its sign
         return None
     elements = dense.where(tails)
     tail = Tail(elements, np.empty(elements.size, np.uint16))
     if not kernels.tail(tuned, base, *tail):
         return None
-    squares = kernels.square(hi), kernels.square(base)
     return Comparison(hi, tail if elements.size else None, None, changed, *squares)
 
 

@@ -30,7 +30,7 @@ def floats(bits: np.ndarray) -> torch.Tensor:
 
 def difference(tuned: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
     hi, marks = np.empty_like(tuned), np.empty(tuned.size, np.uint8)
-    changed, numbers, restored = kernels.difference(tuned, base, hi, marks)
+    changed, numbers, restored, *squares = kernels.difference(tuned, base, hi, marks)
     assert changed == np.count_nonzero(tuned != base)
     elements = np.flatnonzero(marks)
     patterns = np.empty(elements.size, np.uint16)
@@ -38,6 +38,7 @@ def difference(tuned: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndar
     lo = np.zeros_like(tuned)
     lo[elements] = patterns
     if numbers:
+        assert squares == pytest.approx([kernels.square(hi), kernels.square(base)], rel=1e-12)
         assert patterns.all()
         total = np.empty_like(tuned)
         kernels.add(base, hi, total)

@@ -87,7 +87,7 @@ def _encode_bitmap(bits: np.ndarray, common: int, differs: np.ndarray, count: in
     from hubdiff import kernels  # compiled code: not for those who only look at a manifest
 
     others = np.empty(count + 1, np.uint16)
-    kernels.to_others(bits, differs.view(np.uint8), others)
+    kernels.to_others(bits, np.uint16(common), others)
     marks = write_stream(np.packbits(differs, bitorder="little"))
     return _head(BITMAP, common) + write_varint(count) + marks + dense.encode(others[:count])
 
