@@ -136,6 +136,21 @@ def test_what_is_no_number_is_said(odd):
     assert not kernels.add_tail(other, other, np.array([1]), one[1:], out)
 
 
+@pytest.mark.parametrize("place", [0, 4095, 4096, 9_999])
+def test_one_among_many_is_noticed(place):
+    """Wherever it stands: what is no number, and a zero that changed its sign."""
+    many, zeros = np.full(10_000, 0x3F80, np.uint16), np.zeros(10_000, np.uint16)
+    one, negative, out = many.copy(), zeros.copy(), np.empty_like(many)
+    one[place], negative[place] = 0x7F80, 0x8000
+    assert not difference(one, many)[2]
+    assert not kernels.add(many, one, out)
+    assert not kernels.add_tail(many, many, np.arange(10_000), one, out)
+    changed, numbers, restored, *_ = kernels.difference(
+        negative, zeros, out, np.empty(10_000, np.uint8)
+    )
+    assert (changed, numbers, restored) == (1, True, False)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 65535), st.integers(0, 65535)), min_size=1, max_size=40))
 def test_a_comparison_is_the_same_either_way(pairs):
