@@ -270,18 +270,37 @@ def where(words, marks, positions):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def to_others(symbols, common, others):  # type: ignore[no-untyped-def]
-    """Fill ``others`` with the ``symbols`` (uint16) that are not ``common``, and one element more
-    with anything: no branch, which half of them would mispredict."""
+def to_others(symbols, common, marks, others):  # type: ignore[no-untyped-def]
+    """Set the bits of ``marks`` (uint8, lowest first) where the ``symbols`` (uint16) are not
+    ``common``, and fill ``others`` with those and one element more with anything. Returns how many
+    they are. One pass and no branch, which half of the symbols would mispredict."""
     found = _size(0)
-    for i in range(symbols.size):
-        others[found] = symbols[i]
-        found = _size(found + _size(symbols[i] != common))
+    whole = symbols.size // 8
+    for byte in range(whole):
+        marks[byte], found = _mark_others(symbols, 8 * byte, 8, common, others, found)
+    if whole < marks.size:
+        rest = symbols.size - 8 * whole
+        marks[whole], found = _mark_others(symbols, 8 * whole, rest, common, others, found)
+    return found
+
+
+@_compiled
+def _mark_others(symbols, first, count, common, others, found):  # type: ignore[no-untyped-def]
+    """The marks of up to eight symbols, and how many others are ``found`` after them."""
+    bits = _u32(0)
+    for i in range(count):
+        symbol = symbols[first + i]
+        differs = _u32(symbol != common)
+        others[found] = symbol
+        found = _size(found + _size(differs))
+        bits = _u32(bits | _u32(differs << _u32(i)))
+    return _u8(bits), found
 
 
 @_compiled
 def from_others(others, marks, common, out):  # type: ignore[no-untyped-def]
-    """Fill ``out`` from what ``to_others`` made, the element more included, and ``common``."""
+    """Fill ``out`` from the ``others`` that ``to_others`` found, the element more included, and
+    ``common``; ``marks`` (uint8) are 1 or 0, one to an element."""
     found = _size(0)
     for i in range(out.size):
         mark = marks[i]

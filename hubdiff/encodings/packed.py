@@ -37,10 +37,12 @@ class Packed:
             return min(_variants(bits, common), key=len)
         if share < _WORTH_BITMAP:
             return dense.encode(bits)
+        if share < _WORTH_GAPS:
+            return _encode_bitmap(bits, common)
         differs = bits != common
         others = int(np.count_nonzero(differs))
-        if share < _WORTH_GAPS or 2 * others > bits.size:
-            return _encode_bitmap(bits, common, differs, others)
+        if 2 * others > bits.size:  # the sample misled
+            return _encode_bitmap(bits, common)
         return _encode_gaps(bits, common, differs) if others else dense.encode(bits)
 
     def decode(self, blob: bytes | memoryview, out: np.ndarray) -> None:
@@ -72,7 +74,7 @@ def _variants(bits: np.ndarray, common: int) -> Iterator[bytes]:
     differs = bits != common
     others = int(np.count_nonzero(differs))
     if others:
-        yield _encode_bitmap(bits, common, differs, others)
+        yield _encode_bitmap(bits, common)
     if 0 < 2 * others <= bits.size:
         yield _encode_gaps(bits, common, differs)
 
@@ -82,14 +84,15 @@ def _encode_gaps(bits: np.ndarray, common: int, differs: np.ndarray) -> bytes:
     return _head(GAPS, common) + places.encode(positions, bits[positions], bits.size)
 
 
-def _encode_bitmap(bits: np.ndarray, common: int, differs: np.ndarray, count: int) -> bytes:
-    """``count`` of them differ."""
+def _encode_bitmap(bits: np.ndarray, common: int) -> bytes:
+    """Not all of them are the common one."""
     from hubdiff import kernels  # compiled code: not for those who only look at a manifest
 
-    others = np.empty(count + 1, np.uint16)
-    kernels.to_others(bits, np.uint16(common), others)
-    marks = write_stream(np.packbits(differs, bitorder="little"))
-    return _head(BITMAP, common) + write_varint(count) + marks + dense.encode(others[:count])
+    marks = np.empty(-(-bits.size // 8), np.uint8)
+    others = np.empty(bits.size + 1, np.uint16)
+    count = kernels.to_others(bits, np.uint16(common), marks, others)
+    head = _head(BITMAP, common) + write_varint(count)
+    return head + write_stream(marks) + dense.encode(others[:count])
 
 
 def _head(variant: int, common: int) -> bytes:
