@@ -76,30 +76,57 @@ def test_the_judge_rounds_once() -> None:
 def test_the_filling_takes_memory_and_no_disk(tmp_path: Path) -> None:
     with harness.filler(tmp_path) as filling:
         found = os.fstat(filling.fileno())
-        assert found.st_size == harness.memory("MemTotal") > 0
+        assert found.st_size == 2 * harness.memory("MemTotal") > 0
         assert found.st_blocks == 0
         assert not list(tmp_path.iterdir())
 
 
 def test_memory_is_filled_from_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Until enough is full, however much that needs, but no further than once round the file."""
+    """Until enough is full, however much that needs; where it never is, that is said."""
     piece = harness.PIECE
     path = tmp_path / "filling"
     path.touch()
-    os.truncate(path, 3 * piece)
-    free = [3 * piece, 2 * piece, 0]
+    os.truncate(path, 4 * piece)
+    free = [2 * piece, 1 * piece, 0]
     monkeypatch.setattr(harness, "memory", lambda kind: {"MemFree": free[0]}[kind])
     with path.open("rb", buffering=0) as filling:
         harness._fill_memory(filling)
-        assert filling.tell() == 3 * piece
-        filling.seek(piece)
+        assert filling.tell() == 2 * piece
+        assert "does not get full" in capsys.readouterr().out
+        filling.seek(3 * piece)
         harness._fill_memory(filling)
         assert filling.tell() == piece
+        capsys.readouterr()
         monkeypatch.setattr(harness, "memory", lambda kind: free.pop(0))
         harness._fill_memory(filling)
         assert filling.tell() == 3 * piece
+        assert not capsys.readouterr().out
+
+
+@linux
+def test_memory_is_full_before_the_inputs_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe, given = tmp_path / "probe", tmp_path / "in"
+    for file in (probe, given):
+        file.write_bytes(bytes(1 << 20))
+        drop(file)
+    if cached(probe):
+        pytest.skip("this file system keeps its files in memory, or does not say")
+    then = []
+    monkeypatch.setattr(harness, "_fill_memory", lambda filling: then.append(cached(given)))
+    with harness.filler(tmp_path) as filling:
+        harness.settle(tmp_path, [given], filling)
+    assert then == [False]
+
+
+def drop(file: Path) -> None:
+    """Leave nothing of it in the page cache."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @linux

@@ -151,6 +151,11 @@ def test_one_among_many_is_noticed(place):
     assert (changed, numbers, restored) == (1, True, False)
 
 
+def test_more_changes_are_counted_than_16_bits_hold():
+    one = np.full((1 << 16) + 1, 0x3F80, np.uint16)
+    difference(one, np.zeros_like(one))
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 65535), st.integers(0, 65535)), min_size=1, max_size=40))
 def test_a_comparison_is_the_same_either_way(pairs):

@@ -4,6 +4,7 @@ by the system's file cache."""
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,9 @@ cli.main()
     assert done.returncode == 3
 
 
-glibc = pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps and gives back")
+glibc = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="only glibc keeps and gives back"
+)
 
 
 def printed_by_a_process_that_keeps(code: str) -> int:

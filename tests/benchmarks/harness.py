@@ -184,9 +184,10 @@ def memory(kind: str) -> int:
 
 @contextmanager
 def filler(folder: Path) -> Iterator[IO[bytes]]:
-    """A file as large as memory, without a name and all holes, so that it takes no disk."""
+    """A file twice as large as memory, so that what is read of it was dropped long ago or never
+    read; without a name and all holes, so that it takes no disk."""
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        file.truncate(memory("MemTotal"))
+        file.truncate(2 * memory("MemTotal"))
         yield file
 
 
@@ -213,11 +214,14 @@ def settle(folder: Path, inputs: Sequence[Path], filling: IO[bytes]) -> None:
 
 
 def _fill_memory(filling: IO[bytes]) -> None:
-    """Read on, round and round, from where the last call stopped: that is what memory has dropped
-    since, and nothing is read twice, which would keep it longer than the inputs."""
+    """Read on, round and round, from where the last call stopped: what is read twice while it is
+    cached would stay longer than the inputs."""
     piece = bytearray(PIECE)
-    left = total = os.fstat(filling.fileno()).st_size
-    while left > 0 and memory("MemFree") > KEPT_FREE * total:
+    left = total = os.fstat(filling.fileno()).st_size // 2
+    while memory("MemFree") > KEPT_FREE * total:
+        if left <= 0:
+            print("Memory does not get full: more is free than what this file system caches.")
+            return
         read = filling.readinto(piece)
         left -= read
         if not read:
