@@ -1,4 +1,4 @@
-"""bf16 on the CPU, compiled by numba: the bits of ``numerics`` in one pass over each array.
+"""bf16 on the CPU, compiled by numba: the bits of ``numerics``, going through memory once.
 
 Nearly every model is bf16, and its arithmetic in torch takes fifteen passes for a difference. These
 loops go through memory once (four times as fast), need no torch (a second of start-up, 150 MB), and
