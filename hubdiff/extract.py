@@ -204,8 +204,8 @@ def _compare(
                 found[file] = collector.compared(file)
                 for earlier in layers.values():
                     earlier.result()  # an error isn't held back, and no more than one file waits
+                opened.pop_all()  # `finish` closes it, and nobody may twice
                 layers[file] = finishing.submit(collector.finish)
-                opened.pop_all()  # it closes itself now
         if meanwhile is not None:
             meanwhile([record for one in found.values() for record in one.tensors])
         return {file: replace(one, layers=layers[file].result()) for file, one in found.items()}
