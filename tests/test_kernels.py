@@ -69,11 +69,24 @@ def test_every_pattern_against_a_corner(corner):
 
 @pytest.mark.parametrize("zero", [0x0000, 0x8000], ids=hex)
 def test_a_zero_that_loses_its_sign_is_said_of_every_pair(zero):
-    """Whether all come back is said of many at once: here of one."""
-    other = np.array([zero], np.uint16)
-    for pattern in NUMBERS.reshape(-1, 1):
-        difference(pattern, other)
-        difference(other, pattern)
+    """Whether all come back is said of many at once: of those that do it is, and of no other."""
+    other = np.full_like(NUMBERS, zero)
+    hi, marks = np.empty_like(NUMBERS), np.empty(NUMBERS.size, np.uint8)
+    for tuned, base in (NUMBERS, other), (other, NUMBERS):
+        kernels.difference(tuned, base, hi, marks)
+        total = np.empty_like(tuned)
+        kernels.add(base, hi, total)
+        back = (total == tuned) | (marks != 0)
+        assert restored(tuned[back], base[back])
+        for i in np.flatnonzero(~back):
+            assert not restored(tuned[i : i + 1], base[i : i + 1])
+        lost = (tuned == 0x8000) & (base != 0x8000)
+        assert np.array_equal(back, ~lost)
+
+
+def restored(tuned: np.ndarray, base: np.ndarray) -> bool:
+    hi, marks = np.empty_like(tuned), np.empty(tuned.size, np.uint8)
+    return kernels.difference(tuned, base, hi, marks)[2]
 
 
 @pytest.mark.parametrize("corner", CORNERS, ids=hex)
