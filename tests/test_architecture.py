@@ -165,10 +165,20 @@ def test_only_the_command_line_prints_or_exits(path):
     assert not calls & {"print", "sys.exit", "exit", "sys.stdout.write", "sys.stderr.write"}
 
 
-def test_importing_hubdiff_is_light():
-    code = (
-        "import sys, hubdiff; heavy = {'torch', 'transformers', 'numpy', 'huggingface_hub'}; "
-        "print(heavy & {*sys.modules})"
-    )
+def loaded(module: str, heavy: set[str]) -> set[str]:
+    """Which of ``heavy`` are there after ``module`` is imported by a Python of its own."""
+    code = f"import sys, {module}; print(*{{*sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
+    return heavy & {*done.stdout.split()}
+
+
+def test_importing_hubdiff_is_light():
+    assert not loaded("hubdiff", {"torch", "transformers", "numpy", "huggingface_hub"})
+
+
+@pytest.mark.parametrize("stage", ["watch", "gate", "publish", "record", "report"])
+def test_only_the_stage_that_makes_deltas_loads_what_makes_them(stage):
+    """`run` alone has no right to write anywhere."""
+    makers = {"numba", "torch", "hubdiff.jobs.push", "hubdiff.jobs.apply", "hubdiff.merge"}
+    assert not loaded(f"hubdiff.backport.{stage}", makers)
+    assert loaded("hubdiff.backport.run", makers) >= {"numba", "hubdiff.jobs.push"}

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hubdiff.backport.items import Item, planned_item, read_document
-from hubdiff.backport.run import RAN, RESULT
+from hubdiff.backport.items import RAN, RESULT, Item, planned_item, read_document
 from hubdiff.errors import HubdiffError
 from hubdiff.verdict import GO
 

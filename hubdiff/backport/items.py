@@ -16,6 +16,11 @@ from hubdiff.writer import write_whole
 
 PLAN_VERSION = 1
 RECYCLE, BACKPORT = "recycle", "backport"
+# What `run` leaves of an item, for the stages after it: they decide and publish, and load none of
+# what makes deltas.
+RESULT, DELTA = "result.json", "delta"
+RAN, REFUSED, FAILED = "ran", "refused", "failed"
+DELTA_KIND = "delta"
 _ID = re.compile(r"[0-9a-f]{12}")
 _MOST_BYTES = 64 << 20  # of a plan or a result
 

@@ -22,10 +22,17 @@ from typing import Any
 
 from hubdiff import markdown
 from hubdiff.backport.gate import gate, number
-from hubdiff.backport.items import PLAN_VERSION, Item, item_of, read_document
+from hubdiff.backport.items import (
+    PLAN_VERSION,
+    RAN,
+    REFUSED,
+    RESULT,
+    Item,
+    item_of,
+    read_document,
+)
 from hubdiff.backport.lock import ADOPTED, DONE, FAILED, REJECTED, Lock
 from hubdiff.backport.publish import NONE, PUBLISHED
-from hubdiff.backport.run import RAN, REFUSED, RESULT
 from hubdiff.errors import HubdiffError
 
 _MOST_BYTES = {RESULT: 16 << 20, PUBLISHED: 64 << 10}

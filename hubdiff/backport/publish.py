@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubdiff.backport.gate import gate, read_result
-from hubdiff.backport.items import Item, planned_item, write_document
-from hubdiff.backport.run import DELTA, DELTA_KIND
+from hubdiff.backport.items import DELTA, DELTA_KIND, Item, planned_item, write_document
 from hubdiff.card import PICTURE, page
 from hubdiff.checkpoint import MANIFEST
 from hubdiff.errors import AuthError, HubdiffError, RepoNotFound

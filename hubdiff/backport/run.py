@@ -13,7 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hubdiff.backport.items import Item, planned_item, read_document, write_document
+from hubdiff.backport.items import (
+    DELTA,
+    DELTA_KIND,
+    FAILED,
+    RAN,
+    REFUSED,
+    RESULT,
+    Item,
+    planned_item,
+    read_document,
+    write_document,
+)
 from hubdiff.card import delta_card
 from hubdiff.checkpoint import MANIFEST
 from hubdiff.errors import HubdiffError
@@ -30,9 +41,6 @@ from hubdiff.writer import disk_errors, write_whole
 if TYPE_CHECKING:
     from hubdiff.lab.scores import TaskScore
 
-RESULT, DELTA = "result.json", "delta"
-RAN, REFUSED, FAILED = "ran", "refused", "failed"
-DELTA_KIND = "delta"
 _ROOM = 1 << 28  # bytes that anything beside the weights may take
 
 
