@@ -3,7 +3,6 @@ that says so, and either way nothing wrong or half done is left behind."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,14 +136,12 @@ def test_what_stays_is_said_and_nothing_is_left(
 ) -> None:
     output, result = tmp_path / "result", new_name()
     fault = devhub.faults.add(kind, "*cdn-files*model-00002*", ALWAYS)
-    began = time.monotonic()
     with pytest.raises(HubUnavailable) as caught:
         apply(delta_repo, family.target_repo, output=output)
     assert "model-00002-of-00003.safetensors" in str(caught.value)
     assert family.target_repo in str(caught.value)
     assert caught.value.next_step
-    assert fault.fired >= retry.RETRIES
-    assert time.monotonic() - began < 20
+    assert retry.RETRIES < fault.fired < ALWAYS / 100  # and then it was given up
     assert not output.exists()
     with pytest.raises(HubUnavailable):
         apply(delta_repo, family.target_repo, push_to=result)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,7 +177,7 @@ def test_a_closed_pipe_is_no_error(family: Family) -> None:
 
 # --- Ctrl-C ---
 
-# A run that stops to wait when the first file is finished, and says so.
+# A run that stops to wait when the first file is finished, longer than any test, and says so.
 SLOWED = """
 import sys, time
 from hubdiff.writer import FolderSink
@@ -187,7 +186,7 @@ finish = FolderSink.finish
 def slow(self, record):
     finish(self, record)
     print("one file is finished", file=sys.stderr, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 FolderSink.finish = slow
 main()
 """
@@ -200,10 +199,7 @@ def _interrupted(*arguments: str, sink: str = "FolderSink") -> Said:
         if "one file is finished" in line:
             break
     process.send_signal(signal.SIGINT)
-    began = time.monotonic()
-    said = finished(process)
-    assert time.monotonic() - began < 10
-    return said
+    return finished(process)
 
 
 def test_an_interrupted_apply_is_calm_and_goes_on_when_run_again(
