@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hubdiff.files import open_tree
-from hubdiff.manifest import Manifest, Side, read_manifest
+from hubdiff.manifest import Manifest, Side, manifest_json, read_manifest
 from hubdiff.picture import LayerRow, group_by_layer
 from hubdiff.refs import ModelRef
 from hubdiff.summary import Summary, summarise
@@ -25,7 +25,7 @@ class Inspection:
 
     @cached_property
     def _document(self) -> dict[str, Any]:
-        document: dict[str, Any] = json.loads(self.manifest.to_json())
+        document: dict[str, Any] = json.loads(manifest_json(self.manifest))
         return document
 
     @property

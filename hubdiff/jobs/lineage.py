@@ -28,7 +28,7 @@ from hubdiff.graph import (
     folder_key,
     is_folder,
 )
-from hubdiff.manifest import Manifest, Side, read_manifest
+from hubdiff.manifest import Manifest, Side, manifest_json, read_manifest
 from hubdiff.picture import group_by_layer
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
@@ -250,7 +250,7 @@ def _of_record(key: str, record: dict[str, Any]) -> list[Edge]:
 
 
 def _delta_node(node: Node, manifest: Manifest) -> Node:
-    document = json.loads(manifest.to_json())
+    document = json.loads(manifest_json(manifest))
     summary = summarise(document)
     numbers = {"size": size_text(summary.delta_bytes)}
     if summary.size_share is not None:

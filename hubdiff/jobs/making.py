@@ -30,6 +30,7 @@ from hubdiff.manifest import (
     Side,
     TensorRecord,
     TunedFile,
+    manifest_json,
 )
 from hubdiff.names import HEADS
 from hubdiff.pair import Pair
@@ -116,7 +117,7 @@ class Making:
         tuned_files, not_carried = self._tuned_side_files()
         self._base_configs()
         manifest = replace(self._manifest(extracted, tuned_files, not_carried), lossy=lossy)
-        text = manifest.to_json()
+        text = manifest_json(manifest)
         if not self._picture:
             self._draw(extracted.tensors)
         self._put(PICTURE, self._picture)

@@ -41,7 +41,7 @@ from hubdiff.jobs.recycle_report import (
     write_report,
 )
 from hubdiff.lab.recycling import Plan, Step, read_plan, steps_of, wrong
-from hubdiff.manifest import read_manifest
+from hubdiff.manifest import manifest_json, read_manifest
 from hubdiff.progress import Progress, Silent
 from hubdiff.refs import ModelRef
 from hubdiff.summary import summarise
@@ -449,7 +449,7 @@ class _Recycle:
 
     def _described(self, ref: str) -> dict[str, Any]:
         with open_delta_tree(open_tree(ModelRef.parse(ref), cache=False)) as delta:
-            document = json.loads(delta.manifest.to_json())
+            document = json.loads(manifest_json(delta.manifest))
             summary = summarise(document)
         squares = sum(tensor["delta_norm"] ** 2 for tensor in document["tensors"])
         return {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hubdiff.errors import HubdiffError, RefError
 from hubdiff.files import open_tree
-from hubdiff.manifest import Manifest, read_manifest
+from hubdiff.manifest import Manifest, manifest_json, read_manifest
 from hubdiff.refs import ModelRef
 from hubdiff.registry_tags import BASE_MODEL, DELTA_TAG
 from hubdiff.summary import summarise
@@ -124,7 +124,7 @@ def _entry(found: Found) -> Entry:
 
 
 def _said(manifest: Manifest) -> dict[str, Any]:
-    summary = summarise(json.loads(manifest.to_json()))
+    summary = summarise(json.loads(manifest_json(manifest)))
     sides = {
         name: f"{side.repo}@{side.commit}" if side.repo else side.name
         for name, side in (("base", manifest.base), ("tuned", manifest.tuned))
