@@ -16,7 +16,7 @@ from huggingface_hub import CommitOperationAdd
 import hubdiff
 from hubdiff import hub
 from hubdiff.backport import watch as watching
-from hubdiff.backport.lock import DONE, FAILED, REJECTED
+from hubdiff.backport.lock import ADOPTED, DONE, FAILED, REJECTED
 from hubdiff.backport.watch import watch
 from hubdiff.cli import run as cli
 from hubdiff.errors import HubdiffError, HubUnavailable
@@ -290,6 +290,17 @@ def test_what_was_rejected_is_looked_at_again_when_the_rules_change(world):
     assert [one.key for one in world.watch().items] == [item.key]
 
 
+def new_version(world: World) -> str:
+    """The delta again, made anew on the same base: what hubdiff.yaml has to say of it."""
+    hubdiff.push_delta(
+        models.save(world.root.parent / "again", models.moved(models.weights(), seed=77)),
+        "hf://demo/sort-delta",
+        base="hf://org/base-1",
+        force=True,
+    )
+    return f"demo/sort-delta@{world.api.model_info('demo/sort-delta').sha}"
+
+
 @pytest.mark.parametrize("status", [DONE, REJECTED, FAILED])
 def test_a_new_version_of_a_delta_goes_where_the_old_one_went(world, status):
     world.write_config(["org/base-1"])
@@ -300,19 +311,30 @@ def test_a_new_version_of_a_delta_goes_where_the_old_one_went(world, status):
     (old,) = found.items
     known = {"delta": "toy/sort", "weights": old.weights, "settings": old.settings}
     world.note(found, (old.key, status), attempts=3, **known)
-    hubdiff.push_delta(
-        models.save(world.root.parent / "again", models.moved(models.weights(), seed=77)),
-        "hf://demo/sort-delta",
-        base="hf://org/base-1",
-        force=True,
-    )
-    world.new_base("base-3", seed=3)
-    commit = world.api.model_info("demo/sort-delta").sha
-    source = f"demo/sort-delta@{commit}"
-    world.write_config(["org/base-1", "org/base-2", "org/base-3"], source=source)
+    world.write_config(["org/base-1", "org/base-2"], source=new_version(world))
     found = world.watch()
     assert bases(found) == [("org/base-2", "recycle")]
-    assert [item.base.partition("@")[0] for item in found.adopt] == ["org/base-3"]
+    assert found.adopt == ()
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_base_that_comes_with_a_new_version_of_a_delta_is_an_item(world, renamed):
+    """What was adopted with the old version stays so, and its own base is none."""
+    world.new_base("base-2")
+    known = ["org/base-1", "org/base-2"]
+    world.write_config(known, policy="both")
+    world.adopt()
+    world.new_base("base-3", seed=3)
+    world.write_config([*known, "org/base-3"], policy="both", source=new_version(world))
+    if renamed:
+        world.config.write_text(world.config.read_text().replace("sort:", "sort-2:"))
+    found = world.watch()
+    assert bases(found) == [("org/base-3", "recycle")]
+    assert [item.base.partition("@")[0] for item in found.adopt] == ["org/base-2"]
+    world.note(found, *((item.key, ADOPTED) for item in found.adopt))
+    assert bases(world.watch()) == [("org/base-3", "recycle")]
+    world.done(found)
+    assert world.watch().items == ()
 
 
 def test_one_run_takes_as_many_as_the_limit_says(world):

@@ -96,7 +96,8 @@ def watch(
         bases: only these repos, likewise.
         adopted: plan also what was adopted, and what would be.
 
-    The first time a delta is seen, every base there is is adopted: recorded, and left alone. A base
+    The first time a delta is seen, every base there is is adopted: recorded, and left alone. A new
+    version of it goes where the old one went, and where that would go now. A base
     or a place of discovery that can't be read is skipped, with the reason; deltas that are new wait
     where the Hub did not answer. Needs ``pip install "hubdiff[backport]"``.
     Raises ``HubdiffError``.
@@ -308,7 +309,8 @@ class _Poll:
         key = item_key(delta.source, base.weights)
         entry = self.lock.items.get(key)
         settings = settings_digest(delta)
-        status = self._status(f"{family.name}/{delta.name}", base, entry, settings, known)
+        known = known or self._follows(f"{family.name}/{delta.name}", delta.source, base)
+        status = self._status(entry, settings, known)
         if status not in (None, ADOPTED) or any(item.key == key for item, _, _ in self._items):
             return
         item = Item(
@@ -329,12 +331,10 @@ class _Poll:
         )
         self._items.append((item, status, chosen))
 
-    def _status(
-        self, delta: str, base: Base, entry: Mapping[str, Any] | None, settings: str, known: bool
-    ) -> str | None:
+    def _status(self, entry: Mapping[str, Any] | None, settings: str, known: bool) -> str | None:
         """What stands in the way of an item; None: it is to be done."""
         if entry is None:
-            return None if known or self._carried(delta, base) else ADOPTED
+            return None if known else ADOPTED
         status = str(entry["status"])
         if status in (ADOPTED, DONE):
             return status
@@ -342,14 +342,20 @@ class _Poll:
             return None
         return None if status == FAILED and self._try_again(entry) else status
 
-    def _carried(self, delta: str, base: Base) -> bool:
-        """Whether an earlier version of the delta was brought to this base, or tried: the new one
-        follows, the more so where the old one was not good enough."""
+    def _follows(self, delta: str, source: str, base: Base) -> bool:
+        """Whether an earlier version of the delta was brought to this base, or tried, or would be
+        now: the new one goes there, the more so where the old one was not good enough."""
+        items, repo = self.lock.items, source.partition("@")[0]
         return any(
             entry.get("delta") == delta
             and entry.get("weights") == base.weights
             and entry["status"] != ADOPTED
-            for entry in self.lock.items.values()
+            for entry in items.values()
+        ) or any(
+            earlier.partition("@")[0] == repo
+            and own.get("weights") != base.weights
+            and item_key(earlier, base.weights) not in items
+            for earlier, own in self.lock.deltas.items()
         )
 
     def _try_again(self, entry: Mapping[str, Any]) -> bool:

@@ -53,9 +53,11 @@ def command(
     done: each delta on each base that it was not on yet.
 
     The first time a delta is seen all bases are adopted: hubdiff backport record writes them down,
-    and nothing else happens; --adopted plans them too. Costs one call to the Hub for a base that is
-    followed, and none for one that is pinned and known, unless its new_version is followed. Needs
-    pip install "hubdiff[backport]".
+    and nothing else happens; --adopted plans them too. A new version of a delta goes where the old
+    one went, and where that would go now.
+
+    Costs one call to the Hub for a base that is followed, and none for one that is pinned and
+    known, unless its new_version is followed. Needs pip install "hubdiff[backport]".
     """
     from hubdiff.backport.watch import watch
     from hubdiff.writer import write_whole
