@@ -177,7 +177,7 @@ def test_a_refusal_says_what_to_do(
         runs.run(make_item(1), issue=REPO, summary=tmp_path / "summary.md")
     assert advice in str(error.value.next_step)
     assert len(hub.asked) == 1  # nothing is asked again, no redirect is followed
-    assert "Done now" in (tmp_path / "summary.md").read_text()
+    assert "In this run" in (tmp_path / "summary.md").read_text()
 
 
 def test_issues_that_are_turned_off(hub: GitHubFake, runs: Runs) -> None:
