@@ -117,10 +117,15 @@ def test_training_starts_from_base_plus_delta(
 def test_a_run_that_stops_goes_on_from_its_checkpoint(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And ends where a run that was never stopped ends, bit by bit."""
+    """And ends where a run that was never stopped ends, bit by bit; also where its base lies
+    elsewhere by then, but not where another one does."""
     from hubdiff.lab.training import Trainer
 
     whole = train(base, data, tmp_path / "whole", "save_every=4")
+    moved, other = (shutil.copytree(base, tmp_path / name) for name in ("moved", "other"))
+    weights = load_file(other / "model.safetensors")
+    next(iter(weights.values())).view(torch.int16).view(-1)[-1] ^= 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
     step = Trainer.training_step
 
     def stop(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,7 +140,9 @@ def test_a_run_that_stops_goes_on_from_its_checkpoint(
     assert not (tmp_path / "stopped").exists()
     with pytest.raises(HubdiffError, match="another run for stopped"):
         train(base, data, tmp_path / "stopped", "save_every=4", "seed=1")
-    made = train(base, data, tmp_path / "stopped", "save_every=4")
+    with pytest.raises(HubdiffError, match="another run for stopped"):
+        train(other, data, tmp_path / "stopped", "save_every=4")
+    made = train(moved, data, tmp_path / "stopped", "save_every=4")
     assert made.resumed == 4
     assert made.losses == whole.losses
     one, other = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "stopped"))

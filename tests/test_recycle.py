@@ -281,6 +281,11 @@ def another_base(here: Path) -> None:
     write_plan(here, "./v2")
 
 
+def changed_base(here: Path) -> None:
+    """The next version lies where the first one did."""
+    shutil.copy(here / "v2/model.safetensors", here / "v1/model.safetensors")
+
+
 def another_place(here: Path) -> None:
     write_plan(here, "./v1", push="./deltas/{name}")
 
@@ -294,6 +299,7 @@ def another_place(here: Path) -> None:
         (lost_delta, "1-v1 lacks its delta", False),
         (another_delta, "1-v1 lacks its delta", False),
         (another_base, "1-v1 is no step of the plan any more", True),
+        (changed_base, "1-v1 was begun with another content of its base", True),
         (another_place, "1-v1 has its delta in ./runs/1-v1-delta, not where", False),
     ],
 )

@@ -20,7 +20,7 @@ from hubdiff.delta import open_delta_tree
 from hubdiff.errors import CannotApply, CheckpointError, HubdiffError
 from hubdiff.facts import facts
 from hubdiff.files import FileTree, open_tree
-from hubdiff.hashing import hash_reader
+from hubdiff.hashing import hash_bytes, hash_reader, tensor_hash
 from hubdiff.jobs.apply import apply
 from hubdiff.jobs.load import model_class, usable
 from hubdiff.jobs.push import Pushed, push_delta
@@ -293,8 +293,8 @@ class _Finetune:
     def _begin(self) -> None:
         """The folder of this run: new, or that of the same run, which was stopped."""
         run = {
-            "base": str(self._base.pin),
-            "delta": self._delta and str(self._delta.pin),
+            "base": model_identity(self._base, self._progress),
+            "delta": self._delta and model_identity(self._delta, self._progress),
             "data": data_identity(self._data),
             "recipe": self._recipe.as_json(),
         }
@@ -487,6 +487,22 @@ class _Finetune:
         for file in result.rglob("*"):
             if file.is_file():  # safetensors writes files that only their owner may read
                 shutil.copymode(result / CARD, file)
+
+
+def model_identity(tree: FileTree, progress: Progress) -> str:
+    """What tells the model of one run from that of another: a repo's pin, and the content of a
+    folder, in which another model may lie later."""
+    if tree.pin.path is None:
+        return str(tree.pin)
+    sizes = {path: i.size for path, i in tree.files().items() if "/" not in path and path != CARD}
+    hashes = {}
+    progress.start(f"hashing {tree.pin}", sum(sizes.values()))
+    for path in sorted(sizes):
+        with tree.open(path) as reader:
+            hashes[path] = hash_reader(reader, tensor_hash())
+        progress.advance(sizes[path])
+    progress.finish()
+    return hash_bytes(json.dumps(hashes).encode())
 
 
 def data_identity(data: str | Path) -> str:

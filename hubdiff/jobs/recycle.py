@@ -30,6 +30,7 @@ from hubdiff.jobs.finetune import (
     RECIPE,
     data_identity,
     finetune,
+    model_identity,
     require_extra,
     training_folder,
 )
@@ -166,6 +167,7 @@ class _Recycle:
         self._anew: list[Step] = []  # steps that are made again, and
         self._anew_deltas: list[Step] = []  # those of which only the Δ is
         self._states: dict[str, str] = {}
+        self._contents: dict[str, str] = {}
 
     def outcome(self, *, dry_run: bool) -> Recycled:
         goes_to = {
@@ -252,10 +254,24 @@ class _Recycle:
                 wanted[name] = shown(pins[ref])
         if step.trains:
             wanted |= {"data": self._data, "recipe": self._plan.recipe.as_json()}
+            content = self._content(pins[step.base])
+            if content is not None:
+                wanted["content of its base"] = content
         before = self._state.steps.get(step.start or "", {}).get("delta")
         if step.start is None or before:
             wanted["delta before"] = before and before["identity"]
         return wanted
+
+    def _content(self, base: str) -> str | None:
+        """What nothing pins but itself: a folder, as long as it is there. What was made of it may
+        outlive it."""
+        path = ModelRef.parse(base).path
+        if path is None or not path.is_dir():
+            return None
+        if base not in self._contents:
+            tree = open_tree(ModelRef.parse(base), cache=False)
+            self._contents[base] = model_identity(tree, self._progress)
+        return self._contents[base]
 
     def _compare(self, step: Step) -> None:
         """What there is of a step must be of this plan, and still be there."""
@@ -264,8 +280,8 @@ class _Recycle:
             if step.trains:
                 refuse_place(self._place(step), self._reads(), force=self._force)
             return
-        wanted, inputs = self._wanted(step), record["inputs"]
-        differ = [name for name in wanted if inputs.get(name) != wanted[name]]
+        wanted = self._wanted(step)
+        differ = _differ(wanted, record["inputs"])
         if any(one.name == step.start for one in self._anew):
             differ = ["delta before"]
         gone = self._gone(step, record)
@@ -369,7 +385,7 @@ class _Recycle:
         """The step's record: with other inputs than it had, a new one. A new one is written only
         where no model stands, so that one which stands under a record is what it says."""
         wanted, record = self._wanted(step), self._state.steps.get(step.name)
-        if record is not None and record["inputs"] != wanted:
+        if record is not None and _differ(wanted, record["inputs"]):
             self._refuse_unless_forced(step.name, "was begun with another delta before")
             self._drop(step)
             record = None
@@ -496,6 +512,10 @@ def _given(ref: str) -> str | Path:
     """As the other jobs take it: a folder is a path, whatever its name looks like."""
     path = ModelRef.parse(ref).path
     return ref if path is None else path
+
+
+def _differ(wanted: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
+    return [name for name in wanted if inputs.get(name) != wanted[name]]
 
 
 def _refuse_used(target: ModelRef) -> None:
