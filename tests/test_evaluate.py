@@ -52,7 +52,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def run(model: str | Path, tasks: list[str], **more: Any) -> Evaluated:
-    made = hubdiff.evaluate(model, tasks=tasks, device="cpu", **more)
+    device = "auto" if more.get("backend") == "vllm" else "cpu"
+    made = hubdiff.evaluate(model, tasks=tasks, device=device, **more)
     assert made is not None
     return made
 
@@ -361,6 +362,14 @@ def test_vllm_under_another_name_is_said_in_words(
     monkeypatch.setattr("hubdiff.jobs.bench.version", unknown)
     with pytest.raises(HubdiffError, match="under another name"):
         run(family[0], tasks, backend="vllm")
+
+
+def test_vllm_is_not_given_a_device(
+    family: tuple[Path, Path, Path], tasks: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hubdiff.jobs.bench.require_extra", lambda backend: None)
+    with pytest.raises(HubdiffError, match="vLLM chooses its devices itself"):
+        hubdiff.evaluate(family[0], tasks=tasks, device="cpu", backend="vllm")
 
 
 def test_vllm_itself_says_what_transformers_says(tasks: list[str], tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def task_options(function: F) -> F:
             "--device",
             default="auto",
             metavar="DEVICE",
-            help="auto, cpu, cuda, cuda:N or mps. Default: auto.",
+            help="auto, cpu, cuda, cuda:N or mps. Default: auto. vLLM chooses itself.",
         ),
         click.option("--spread", is_flag=True, help="Spread a model over all GPUs."),
         click.option(

@@ -161,6 +161,11 @@ class Bench:
                 "there must be an example in each batch, and one of each task",
                 next_step="Check --batch-size and --limit.",
             )
+        if asked.backend == "vllm" and asked.device != "auto":
+            raise HubdiffError(
+                "vLLM chooses its devices itself, as it was built",
+                next_step="Leave --device out; CUDA_VISIBLE_DEVICES says which GPUs it sees.",
+            )
         wanted = wanted_tasks(list(asked.tasks), asked.suite)
         self._how = replace(asked, device=choose_device(asked.device))
         self._progress = progress or Silent()
