@@ -142,6 +142,8 @@ def test_a_run_that_stops_goes_on_from_its_checkpoint(
         train(base, data, tmp_path / "stopped", "save_every=4", "seed=1")
     with pytest.raises(HubdiffError, match="another run for stopped"):
         train(other, data, tmp_path / "stopped", "save_every=4")
+    (moved / ".DS_Store").touch()
+    (moved / "README.md").write_text("# The base, as it is called now")
     made = train(moved, data, tmp_path / "stopped", "save_every=4")
     assert made.resumed == 4
     assert made.losses == whole.losses

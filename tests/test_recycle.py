@@ -282,8 +282,12 @@ def another_base(here: Path) -> None:
 
 
 def changed_base(here: Path) -> None:
-    """The next version lies where the first one did."""
+    """The next version lies where the first one did, whose Δ was not made yet."""
     shutil.copy(here / "v2/model.safetensors", here / "v1/model.safetensors")
+    shutil.rmtree(here / "runs/1-v1-delta")
+    state = json.loads((here / "runs/recycle.json").read_text())
+    del state["steps"]["1-v1"]["delta"]
+    (here / "runs/recycle.json").write_text(json.dumps(state))
 
 
 def another_place(here: Path) -> None:

@@ -290,31 +290,76 @@ def test_what_was_rejected_is_looked_at_again_when_the_rules_change(world):
     assert [one.key for one in world.watch().items] == [item.key]
 
 
-def new_version(world: World) -> str:
-    """The delta again, made anew on the same base: what hubdiff.yaml has to say of it."""
+def new_version(world: World, seed: int = 77, base: str = "base-1") -> str:
+    """The delta again, made anew: what hubdiff.yaml has to say of it."""
     hubdiff.push_delta(
-        models.save(world.root.parent / "again", models.moved(models.weights(), seed=77)),
+        models.save(world.root.parent / f"again-{seed}", models.moved(models.weights(), seed=seed)),
         "hf://demo/sort-delta",
-        base="hf://org/base-1",
+        base=f"hf://org/{base}",
         force=True,
     )
     return f"demo/sort-delta@{world.api.model_info('demo/sort-delta').sha}"
 
 
+@pytest.mark.parametrize("renamed", [False, True])
 @pytest.mark.parametrize("status", [DONE, REJECTED, FAILED])
-def test_a_new_version_of_a_delta_goes_where_the_old_one_went(world, status):
+def test_a_new_version_of_a_delta_goes_where_the_old_one_went(world, status, renamed):
     world.write_config(["org/base-1"])
     world.adopt()
     world.new_base("base-2")
     world.write_config(["org/base-1", "org/base-2"])
     found = world.watch()
     (old,) = found.items
-    known = {"delta": "toy/sort", "weights": old.weights, "settings": old.settings}
-    world.note(found, (old.key, status), attempts=3, **known)
+    known = {"weights": old.weights, "settings": old.settings, "source": old.source}
+    world.note(found, (old.key, status), attempts=3, delta="toy/sort", **known)
     world.write_config(["org/base-1", "org/base-2"], source=new_version(world))
+    if renamed:
+        world.config.write_text(world.config.read_text().replace("sort:", "sort-2:"))
     found = world.watch()
     assert bases(found) == [("org/base-2", "recycle")]
     assert found.adopt == ()
+
+
+def test_what_waits_for_the_next_run_goes_to_the_next_version(world):
+    world.write_config(["org/base-1"])
+    world.adopt()
+    world.new_base("base-2")
+    known = ["org/base-1", "org/base-2"]
+    world.write_config(known)
+    world.note(world.watch())  # recorded, but there was no room for it in this run
+    world.write_config(known, source=new_version(world))
+    assert bases(world.watch()) == [("org/base-2", "recycle")]
+
+
+@pytest.mark.parametrize(
+    ("policy", "first", "then"), [("backport", "base-1", "base-3"), ("recycle", "base-3", "base-1")]
+)
+def test_a_new_version_on_another_base_makes_no_old_base_new(world, policy, first, then):
+    for seed, name in enumerate(("base-2", "base-3")):
+        world.new_base(name, seed=seed + 5)
+    known = [f"org/base-{n}" for n in (1, 2, 3)]
+    world.write_config(known, policy=policy, source=new_version(world, 76, first))
+    world.adopt()
+    world.write_config(known, policy=policy, source=new_version(world, 77, then))
+    found = world.watch()
+    assert found.items == ()
+    assert len(found.adopt) == 2
+
+
+def test_another_delta_of_the_same_repo_is_no_earlier_version(world):
+    world.write_config(["org/base-1"])
+    world.adopt()
+    world.new_base("base-2")
+    other = {"source": new_version(world), "publish": {"to": world.results, "mode": "pr"}}
+    document = yaml.safe_load(world.config.read_text())
+    families = document["families"]
+    families["other"] = {"bases": ["org/base-1", "org/base-2"], "deltas": {"sort": other}}
+    world.config.write_text(yaml.safe_dump(document, sort_keys=False))
+    found = world.watch()
+    assert found.items == ()
+    assert [(item.family, item.base.partition("@")[0]) for item in found.adopt] == [
+        ("other", "org/base-2")
+    ]
 
 
 @pytest.mark.parametrize("renamed", [False, True])

@@ -146,10 +146,12 @@ class _Poll:
                 raise HubdiffError(
                     f"{family.name}/{delta.name}: {error}", next_step=error.next_step
                 ) from error
+            follows = set() if known else self._follows(family, delta, bases)
             for base, direction in _directed(bases, own):
                 if delta.policy in (direction, "both"):
+                    goes = known or base.weights in follows
                     chosen = not repos or base.repo in repos
-                    self._consider(family, delta, base, direction, known, chosen)
+                    self._consider(family, delta, base, direction, goes, chosen)
 
     def result(self, adopted: bool) -> Watched:
         """What was seen for the first time is recorded also where only some bases were asked for:
@@ -296,21 +298,50 @@ class _Poll:
         self._deltas[source] = dict(known)
         return self._deltas[source]
 
+    def _follows(self, family: Family, delta: DeltaPolicy, bases: list[Base]) -> set[str]:
+        """The weights of bases that a new version of a delta goes to: an earlier one was brought
+        there, or tried, the more so where it was not good enough; or it would be now."""
+        name, repo = f"{family.name}/{delta.name}", delta.source.partition("@")[0]
+        current = {one.source for family in self.config.families for one in family.deltas}
+
+        def is_earlier(source: object) -> bool:
+            return str(source).partition("@")[0] == repo and source not in current
+
+        tried = {
+            str(entry.get("weights"))
+            for entry in self.lock.items.values()
+            if (entry.get("delta") == name or is_earlier(entry.get("source")))
+            and entry["status"] != ADOPTED
+        }
+        earlier = {source: own for source, own in self.lock.deltas.items() if is_earlier(source)}
+        handled = {
+            base.weights
+            for base in bases
+            if any(item_key(source, base.weights) in self.lock.items for source in earlier)
+        }
+        would_be = {
+            base.weights
+            for own in earlier.values()
+            for base, direction in _directed(bases, own)
+            if delta.policy in (direction, "both")
+        }
+        return tried | would_be - handled
+
     def _consider(
         self,
         family: Family,
         delta: DeltaPolicy,
         base: Base,
         direction: str,
-        known: bool,
+        goes: bool,
         chosen: bool,
     ) -> None:
-        """Note what is to be done about a delta on a base, if anything."""
+        """Note what is to be done about a delta on a base, if anything. Where it does not ``go`` by
+        itself, the base is adopted."""
         key = item_key(delta.source, base.weights)
         entry = self.lock.items.get(key)
         settings = settings_digest(delta)
-        known = known or self._follows(f"{family.name}/{delta.name}", delta.source, base)
-        status = self._status(entry, settings, known)
+        status = self._status(entry, settings, goes)
         if status not in (None, ADOPTED) or any(item.key == key for item, _, _ in self._items):
             return
         item = Item(
@@ -331,32 +362,16 @@ class _Poll:
         )
         self._items.append((item, status, chosen))
 
-    def _status(self, entry: Mapping[str, Any] | None, settings: str, known: bool) -> str | None:
+    def _status(self, entry: Mapping[str, Any] | None, settings: str, goes: bool) -> str | None:
         """What stands in the way of an item; None: it is to be done."""
         if entry is None:
-            return None if known else ADOPTED
+            return None if goes else ADOPTED
         status = str(entry["status"])
         if status in (ADOPTED, DONE):
             return status
         if entry.get("settings") != settings:
             return None
         return None if status == FAILED and self._try_again(entry) else status
-
-    def _follows(self, delta: str, source: str, base: Base) -> bool:
-        """Whether an earlier version of the delta was brought to this base, or tried, or would be
-        now: the new one goes there, the more so where the old one was not good enough."""
-        items, repo = self.lock.items, source.partition("@")[0]
-        return any(
-            entry.get("delta") == delta
-            and entry.get("weights") == base.weights
-            and entry["status"] != ADOPTED
-            for entry in items.values()
-        ) or any(
-            earlier.partition("@")[0] == repo
-            and own.get("weights") != base.weights
-            and item_key(earlier, base.weights) not in items
-            for earlier, own in self.lock.deltas.items()
-        )
 
     def _try_again(self, entry: Mapping[str, Any]) -> bool:
         attempts = int(entry.get("attempts") or 1)
@@ -375,9 +390,9 @@ def _attempt(entry: Mapping[str, Any] | None, settings: str) -> int:
 def _directed(bases: list[Base], own: Mapping[str, str]) -> Iterator[tuple[Base, str]]:
     """Every base but the delta's own, with the direction there. Other weights in the own base's
     repo came later; where the family does not list the own base, all others did."""
-    repo = own["base"].partition("@")[0]
+    repo = own.get("base", "").partition("@")[0]
     places = [i for i, base in enumerate(bases) if base.repo == repo]
     place = places[0] if places else -1
     for i, base in enumerate(bases):
-        if base.weights != own["weights"]:
+        if base.weights != own.get("weights"):
             yield base, RECYCLE if i >= place else BACKPORT

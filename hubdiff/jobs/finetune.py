@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hubdiff.card import tuned_card
-from hubdiff.checkpoint import open_checkpoint
+from hubdiff.checkpoint import MANIFEST, open_checkpoint
 from hubdiff.delta import open_delta_tree
 from hubdiff.errors import CannotApply, CheckpointError, HubdiffError
 from hubdiff.facts import facts
@@ -42,6 +42,8 @@ METRICS, RECIPE, CURVE, CARD, MASTER = (
     *("metrics.jsonl", "recipe.yaml", "loss.png", "README.md", "master"),
 )
 _RUN = "run.json"
+# Files beside the weights that config and tokenizer are read from.
+_READ = (".json", ".jinja", ".model", "merges.txt", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -490,17 +492,21 @@ class _Finetune:
 
 
 def model_identity(tree: FileTree, progress: Progress) -> str:
-    """What tells the model of one run from that of another: a repo's pin, and the content of a
-    folder, in which another model may lie later."""
+    """What tells the model or delta of one run from that of another: a repo's pin; of a folder, in
+    which another may lie later, the content of what training reads."""
     if tree.pin.path is None:
         return str(tree.pin)
-    sizes = {path: i.size for path, i in tree.files().items() if "/" not in path and path != CARD}
+    if MANIFEST in tree.files():
+        return hash_bytes(tree.read_bytes(MANIFEST))  # which has the hashes of all others
+    with open_checkpoint(tree) as base:
+        read = {*base.shards, *(f for f in tree.files() if "/" not in f and f.endswith(_READ))}
+    sizes = {path: tree.files()[path].size for path in sorted(read)}
     hashes = {}
     progress.start(f"hashing {tree.pin}", sum(sizes.values()))
-    for path in sorted(sizes):
+    for path, size in sizes.items():
         with tree.open(path) as reader:
             hashes[path] = hash_reader(reader, tensor_hash())
-        progress.advance(sizes[path])
+        progress.advance(size)
     progress.finish()
     return hash_bytes(json.dumps(hashes).encode())
 

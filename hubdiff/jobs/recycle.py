@@ -254,23 +254,23 @@ class _Recycle:
                 wanted[name] = shown(pins[ref])
         if step.trains:
             wanted |= {"data": self._data, "recipe": self._plan.recipe.as_json()}
-            content = self._content(pins[step.base])
-            if content is not None:
-                wanted["content of its base"] = content
+            if "delta" not in self._state.steps.get(step.name, {}):
+                wanted["content of its base"] = self._content(pins[step.base])
         before = self._state.steps.get(step.start or "", {}).get("delta")
         if step.start is None or before:
             wanted["delta before"] = before and before["identity"]
         return wanted
 
-    def _content(self, base: str) -> str | None:
-        """What nothing pins but itself: a folder, as long as it is there. What was made of it may
-        outlive it."""
-        path = ModelRef.parse(base).path
-        if path is None or not path.is_dir():
-            return None
+    def _content(self, base: str) -> str:
+        """What tells a folder as it is now from what it was when a step began; a repo is pinned. A
+        finished step needs its base no more."""
+        ref = ModelRef.parse(base)
         if base not in self._contents:
-            tree = open_tree(ModelRef.parse(base), cache=False)
-            self._contents[base] = model_identity(tree, self._progress)
+            self._contents[base] = (
+                base
+                if ref.path is None
+                else model_identity(open_tree(ref, cache=False), self._progress)
+            )
         return self._contents[base]
 
     def _compare(self, step: Step) -> None:
@@ -285,7 +285,7 @@ class _Recycle:
         if any(one.name == step.start for one in self._anew):
             differ = ["delta before"]
         gone = self._gone(step, record)
-        what = f"was begun with another {' and '.join(differ)}" if differ else gone
+        what = f"was begun with {_another(differ)}" if differ else gone
         if what:
             self._refuse_unless_forced(step.name, what)
             self._anew.append(step)
@@ -385,8 +385,9 @@ class _Recycle:
         """The step's record: with other inputs than it had, a new one. A new one is written only
         where no model stands, so that one which stands under a record is what it says."""
         wanted, record = self._wanted(step), self._state.steps.get(step.name)
-        if record is not None and _differ(wanted, record["inputs"]):
-            self._refuse_unless_forced(step.name, "was begun with another delta before")
+        differ = _differ(wanted, record["inputs"]) if record is not None else []
+        if differ:
+            self._refuse_unless_forced(step.name, f"was begun with {_another(differ)}")
             self._drop(step)
             record = None
         if record is None:
@@ -516,6 +517,10 @@ def _given(ref: str) -> str | Path:
 
 def _differ(wanted: dict[str, Any], inputs: dict[str, Any]) -> list[str]:
     return [name for name in wanted if inputs.get(name) != wanted[name]]
+
+
+def _another(differ: Sequence[str]) -> str:
+    return f"another {' and '.join(differ)}"
 
 
 def _refuse_used(target: ModelRef) -> None:
