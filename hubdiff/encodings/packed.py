@@ -64,7 +64,7 @@ def _commonest(bits: np.ndarray) -> tuple[int, float]:
     The stride is odd, so that a pattern in the columns of a matrix can't hide it.
     """
     counts = np.bincount(bits[:: (bits.size >> 12) | 1])
-    common = int(counts.argmax())
+    common = int(np.argmax(counts))
     return common, int(counts[common]) / int(counts.sum())
 
 

@@ -30,7 +30,7 @@ def encode(places: np.ndarray, symbols: np.ndarray, among: int) -> bytes:
     from hubdiff import kernels
 
     fine_bits = _fine_bits(places)
-    coarse = np.empty(count + _most_escapes(among, fine_bits), np.uint8)
+    coarse: np.ndarray = np.empty(count + _most_escapes(among, fine_bits), np.uint8)
     fine = np.empty(_fine_bytes(count, fine_bits), np.uint8)
     coarse = coarse[: kernels.to_gaps(places, fine_bits, coarse, fine)]
     head = write_varint(count) + bytes([fine_bits]) + write_varint(coarse.size - count)

@@ -66,8 +66,8 @@ def _encode_by_kind(elements: np.ndarray, symbols: np.ndarray, hi: np.ndarray) -
     from hubdiff import kernels
 
     words, before = kinds_of(hi)
-    found = np.empty(elements.size, np.int64)
-    kinds = np.empty(elements.size, np.uint8)
+    found: np.ndarray = np.empty(elements.size, np.int64)
+    kinds: np.ndarray = np.empty(elements.size, np.uint8)
     kernels.to_places(words, before, elements, found, kinds)
     order = np.argsort(kinds, kind="stable")
     found, kinds, symbols = found[order], kinds[order], symbols[order]
