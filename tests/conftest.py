@@ -63,6 +63,7 @@ _LONG = (
     "test_finetune.py",
     "test_delta_battery.py",
     "test_backport_end.py",
+    "test_watch.py",
     "test_publish.py",
     "test_compare.py",
     "test_extras.py",
