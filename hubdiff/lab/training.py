@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from hubdiff.errors import HubdiffError
@@ -176,6 +176,7 @@ def make_trainer(
             else recipe.lora.targets.split(","),
             task_type="CAUSAL_LM",
         )
+        set_seed(recipe.seed)  # TRL 1.14 draws an adapter with no seed
     trainer = Trainer(
         model=model,
         args=settings(recipe, folder, ranks()),
