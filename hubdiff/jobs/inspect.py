@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hubdiff.files import open_tree
-from hubdiff.manifest import Manifest, Side, manifest_json, read_manifest
+from hubdiff.manifest import Manifest, manifest_json, read_manifest, side_json
 from hubdiff.picture import LayerRow, group_by_layer
 from hubdiff.refs import ModelRef
 from hubdiff.summary import Summary, summarise
@@ -41,9 +41,9 @@ class Inspection:
         return {
             "delta": self.delta,
             "hubdiff_version": manifest.hubdiff_version,
-            "base": _side(manifest.base),
-            "tuned": _side(manifest.tuned),
-            "master": _side(manifest.master) if manifest.master else None,
+            "base": side_json(manifest.base),
+            "tuned": side_json(manifest.tuned),
+            "master": side_json(manifest.master) if manifest.master else None,
             "portable": manifest.not_portable_reason is None,
             "not_portable_reason": manifest.not_portable_reason,
             "rebuilds_tuned": manifest.no_rebuild_reason is None,
@@ -79,14 +79,3 @@ def inspect(delta: str | Path, *, cache: bool = False) -> Inspection:
     or ``BadManifest``."""
     tree = open_tree(ModelRef.parse(delta), cache=cache)
     return Inspection(str(tree.pin), read_manifest(tree))
-
-
-def _side(side: Side) -> dict[str, Any]:
-    return {
-        "name": side.name,
-        "repo": side.repo,
-        "revision": side.revision,
-        "commit": side.commit,
-        "licence": side.licence,
-        "gated": side.gated,
-    }

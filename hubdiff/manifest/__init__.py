@@ -11,6 +11,7 @@ from hubdiff.manifest.document import (
     manifest_json,
     parse_manifest,
     read_manifest,
+    side_json,
 )
 from hubdiff.manifest.records import (
     GROUPS,
@@ -54,5 +55,6 @@ __all__ = [
     "parse_manifest",
     "read_manifest",
     "sampled_counts",
+    "side_json",
     "written_file",
 ]

@@ -55,16 +55,16 @@ def manifest_json(manifest: Manifest) -> str:
         "format_version": FORMAT_VERSION,
         "hubdiff_version": manifest.hubdiff_version,
         "base": {
-            **_side_json(manifest.base),
+            **side_json(manifest.base),
             "files": [asdict(f) for f in manifest.base.files],
             "side_files": [asdict(f) for f in manifest.base.side_files],
         },
         "tuned": {
-            **_side_json(manifest.tuned),
+            **side_json(manifest.tuned),
             "files": [_tuned_file_json(f) for f in manifest.tuned_files],
             "not_carried": [asdict(f) for f in manifest.not_carried],
         },
-        "master": manifest.master and _side_json(manifest.master),
+        "master": manifest.master and side_json(manifest.master),
         "portable": manifest.not_portable_reason is None,
         "not_portable_reason": manifest.not_portable_reason,
         "filters": manifest.filters,
@@ -79,7 +79,7 @@ def manifest_json(manifest: Manifest) -> str:
         "tensors": [_tensor_json(record) for record in manifest.tensors],
     }
     if manifest.started_from is not None:
-        document["started_from"] = _side_json(manifest.started_from)
+        document["started_from"] = side_json(manifest.started_from)
     if manifest.adapter is not None:
         document["adapter"] = {"tensors": [asdict(tensor) for tensor in manifest.adapter]}
     if manifest.lossy is not None:
@@ -198,7 +198,8 @@ def _rows(root: fields.Fields, tensors: Iterable[TensorRecord]) -> dict[str, Cut
     return cuts
 
 
-def _side_json(side: Side) -> dict[str, Any]:
+def side_json(side: Side) -> dict[str, Any]:
+    """One model by its name and pin, without its files."""
     return {
         "name": side.name,
         "repo": side.repo,
