@@ -162,13 +162,17 @@ class Stopping:
 
     def __init__(self, after: int | None = None) -> None:
         self.asked: list[int] = []
+        self.phases: list[tuple[str, int]] = []
         self.answered, self._after = 0, after
 
     def start(self, what: str, total: int, unit: str = "") -> None:
+        self.phases.append((what, total))
         if what == "answering":
             self.asked.append(total)
 
     def advance(self, count: int) -> None:
+        if self.phases[-1][0] != "answering":
+            return
         self.answered += count
         if self._after is not None and self.answered >= self._after:
             raise KeyboardInterrupt
@@ -194,6 +198,7 @@ def test_a_stopped_evaluation_goes_on(
     whole = Stopping()
     other = run(model, tasks, scale=0.5, progress=whole)
     assert sum(whole.asked) == 40 + 80
+    assert whole.phases[0] == ("reading the tasks", len(tasks))
     assert [s.as_json() for s in resumed.scores] == [s.as_json() for s in other.scores]
 
 

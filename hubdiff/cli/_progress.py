@@ -175,7 +175,9 @@ def _part(done: float, total: float, unit: str) -> str:
 
 
 def _many(count: float, unit: str) -> str:
-    return f"{count:,.0f} {unit}" if unit else size_text(count)
+    if not unit:
+        return size_text(count)
+    return f"{count:,.0f} {unit.removesuffix('s') if count == 1 else unit}"
 
 
 def _rate(rate: float, unit: str) -> str:

@@ -170,11 +170,14 @@ class Bench:
         self._how = replace(asked, device=choose_device(asked.device))
         self._progress = progress or Silent()
         self._states: list[Path] = []
+        # The harness takes seconds to import, and more to list the thousands of tasks that it has.
+        self._progress.start("reading the tasks", len(wanted), "tasks")
         from hubdiff.lab.harness import Tasks
         from hubdiff.lab.quiet import quiet
 
         with quiet():
-            self._tasks = Tasks(wanted, asked.seed)
+            self._tasks = Tasks(wanted, asked.seed, self._progress)
+        self._progress.finish()
 
     def evaluate(self, subject: Subject) -> Evaluated | None:
         """None in processes that are not the first."""

@@ -85,7 +85,7 @@ class Tasks:
     """The tasks of an evaluation, found and their data read. Raises ``HubdiffError`` for one that
     does not exist, whose data can't be had, or that is another than its suite was written for."""
 
-    def __init__(self, wanted: Sequence[Wanted], seed: int) -> None:
+    def __init__(self, wanted: Sequence[Wanted], seed: int, progress: Progress) -> None:
         self.wanted, self._seed = tuple(wanted), seed
         _seed(seed)  # some tasks shuffle their choices as they are read
         gone = [one.task for one in wanted if _names_file(one.task) and not _is_file(one.task)]
@@ -95,7 +95,10 @@ class Tasks:
             )
         only_files = all(_is_file(one.task) and not _is_group(one.task) for one in wanted)
         self._manager = task_manager(include_defaults=not only_files)
-        self.loaded = [self._load(one) for one in wanted]
+        self.loaded = []
+        for one in wanted:
+            self.loaded.append(self._load(one))
+            progress.advance(1)
         names = [name for tasks in self.loaded for name in tasks]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

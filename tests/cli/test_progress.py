@@ -57,6 +57,14 @@ def test_an_empty_phase() -> None:
     assert out.getvalue().splitlines()[0] == "merging: 0 bytes"
 
 
+def test_one_of_many() -> None:
+    out = io.StringIO()
+    lines = Lines(out, printable, Clock())
+    lines.start("training", 1, "steps")
+    lines.start("training", 2, "steps")
+    assert out.getvalue().splitlines() == ["training: 1 step", "training: 2 steps"]
+
+
 def _drive(stream: io.StringIO) -> str:
     with open_progress(stream, printable) as progress:
         progress.start("merging", 1000)
